@@ -1,0 +1,20 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds (they run by default; skip: -m 'not slow')")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    torch.set_num_threads(1)  # small tensors; and no waiting where other processes use the cores
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder() -> Path:
+    """CIFAR-10 as JPEG files, train/<class>/ and test/<class>/, at $CIFAR10_FOLDER."""
+    folder = os.environ.get("CIFAR10_FOLDER")
+    if not folder:
+        pytest.skip("CIFAR10_FOLDER is not set to a folder of CIFAR-10 images")
+    return Path(folder)
