@@ -173,14 +173,14 @@ def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
     for name, (kind, help_text, bound) in flags(config).items():
         default = next(f.default for f in dataclasses.fields(config) if f.name == name)
         values = {p: v[name] for p, v in config.PRESETS.items() if v.get(name, default) != default}
-        shown = "" if name == "preset" else f" ({bound}; " * bool(bound) + " (" * (not bound)
-        if shown:
-            shown += "; ".join([f"default {default}", *(f"{p}: {v}" for p, v in values.items())]) + ")"
-        text = (help_text + shown).replace("%", "%%")
+        shown = [f"default {default}", *(f"{preset}: {value}" for preset, value in values.items())]
+        shown = [] if name == "preset" else [bound, *shown] if bound else shown
+        text = (help_text + f" ({'; '.join(shown)})" * bool(shown)).replace("%", "%%")
         if kind is bool:
             parser.add_argument(dashed(name), action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(kind) is Literal:
-            parser.add_argument(dashed(name), choices=typing.get_args(kind), help=text)
+            choices = typing.get_args(kind)
+            parser.add_argument(dashed(name), type=type(choices[0]), choices=choices, help=text)
         else:
             parser.add_argument(dashed(name), type=kind, metavar=kind.__name__.upper(), help=text)
     given = vars(parser.parse_args(argv))
@@ -286,8 +286,9 @@ class StreamedViews(torch.utils.data.Dataset):
         self.paths, self.size, self.views, self.scale, self.seed = paths, size, views, scale, seed
 
     def __getitem__(self, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * len(self.paths) + index)
-        for path in (self.paths[index:] + self.paths[:index])[:100]:  # the next one stands in for a damaged file
+        generator = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63)
+        for offset in range(100):
+            path = self.paths[(index + offset) % len(self.paths)]  # the next one stands in for a damaged file
             try:
                 image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
                 break
@@ -374,19 +375,18 @@ def decode(path: Path, fit: tuple[int, int] | None = None) -> tuple[np.ndarray, 
     """Read any picture as uint8 RGB (H, W, 3), upright, with its original (height, width).
 
     Grey, palette, RGBA, CMYK and 16-bit pictures are converted. `fit` = (height, width) resizes, which lets JPEG
-    decode at a reduced scale. Raises what Pillow raises, or ValueError for a picture under `SMALLEST_SIDE`.
+    decode at a reduced scale. Raises what Pillow raises for a damaged file.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         with Image.open(path) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation turns the picture by 90 degrees
-                width, height = height, width
-            if min(height, width) < SMALLEST_SIDE:
-                raise ValueError(f"{width}x{height} pixels, smaller than {SMALLEST_SIDE}")
+            turned = image.getexif().get(0x0112, 1)  # EXIF orientation
             if fit:
                 image.draft("RGB", (2 * fit[1], 2 * fit[0]))
-            image = ImageOps.exif_transpose(image)
+            if turned > 1:
+                image = ImageOps.exif_transpose(image)
+                width, height = (height, width) if turned >= 5 else (width, height)
             if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip at 255
                 grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
                 image = Image.fromarray(grey.astype(np.uint8))
@@ -432,25 +432,30 @@ def load_folder(config: RunConfig, device: torch.device) -> Data:
         raise InputError(f"--data {root}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
 
     side = round(config.image_size * 8 / 7)  # 256 for views of 224
-    stream = len(paths) * 3 * side * side > config.resident_gb * 1e9
-    skipped = []
-    sizes = read_sizes(paths, config.workers, skipped)
-    good = [i for i, s in enumerate(sizes) if s]
-    images = None
-    if not stream and good:
-        first = sizes[good[0]]
-        same = max(first) <= side and all(sizes[i] == first for i in good)
+    images, skipped = None, []
+    sizes = in_threads(picture_size, paths, config.workers, skipped)
+    if len(paths) * 3 * side * side <= config.resident_gb * 1e9:
+        first = next((size for size in sizes if size), (side, side))
+        same = max(first) <= side and all(size in (first, None) for size in sizes)
         fit = first if same else (side, side)  # photos of many shapes: the whole picture, squeezed into a square
-        images, sizes = decode_all([paths[i] for i in good], fit, config.workers, skipped)
-        kept = [k for k, s in enumerate(sizes) if s]
-        images = images[kept] if len(kept) < len(good) else images
-        good, sizes = [good[k] for k in kept], {good[k]: sizes[k] for k in kept}
+        images = torch.empty((len(paths), 3, *fit), dtype=torch.uint8)
+
+        def read(i: int) -> tuple[int, int] | None:
+            if sizes[i]:
+                pixels, size = decode(paths[i], fit)
+                images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+                return size
+
+        sizes = in_threads(read, range(len(paths)), config.workers, skipped, "decoded", paths)
     for path, reason in skipped[:20]:
         print(f"warning: skipped {path}: {reason}", file=sys.stderr)
     if len(skipped) > 20:
         print(f"warning: skipped {len(skipped) - 20} more like these", file=sys.stderr)
+    good = [i for i, size in enumerate(sizes) if size]
     if not good:
         raise InputError(f"--data {root}: none of its {len(paths)} images can be decoded")
+    if images is not None and skipped:
+        images = images[good]
 
     labels, split = torch.tensor([labels[i] for i in good]), torch.tensor([split[i] for i in good])
     sizes = torch.tensor([sizes[i] for i in good])
@@ -473,46 +478,37 @@ def load_folder(config: RunConfig, device: torch.device) -> Data:
     return Data(str(root), part(0), test, classes, skipped)
 
 
-def read_sizes(paths, workers, skipped) -> list[tuple[int, int] | None]:
-    """(height, width) from each file's header, None (and a line in `skipped`) for what is not an image."""
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) from a file's header. Raises what Pillow does, and ValueError for a picture too small to crop."""
+    with Image.open(path) as image:
+        width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise ValueError(f"{width}x{height} pixels, smaller than {SMALLEST_SIDE}")
+    return height, width
 
-    def size(path):
+
+def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str = "", names: Any = None) -> list:
+    """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted
+    in `skipped`. With a `verb`, a progress line."""
+
+    def one(i: int) -> Any:
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-                if min(width, height) < SMALLEST_SIDE:
-                    raise ValueError(f"{width}x{height} pixels, smaller than {SMALLEST_SIDE}")
-                return height, width
+            return work(items[i])
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            return one_line(error)
+            skipped.append((str((names or items)[i]), one_line(error)))
 
+    started = shown = time.monotonic()
+    live, out = bool(verb) and sys.stdout.isatty(), []
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(size, paths))
-    skipped += [(str(p), s) for p, s in zip(paths, found, strict=True) if isinstance(s, str)]
-    return [None if isinstance(s, str) else s for s in found]
-
-
-def decode_all(paths, fit, workers, skipped) -> tuple[Tensor, list[tuple[int, int] | None]]:
-    """Decode in threads (Pillow releases the interpreter lock) into one uint8 tensor (N, 3, *fit), with progress."""
-    images = torch.empty((len(paths), 3, *fit), dtype=torch.uint8)
-    sizes: list[tuple[int, int] | None] = [None] * len(paths)
-    started, shown = time.monotonic(), 0.0
-
-    def work(i: int) -> None:
-        try:
-            pixels, sizes[i] = decode(paths[i], fit)
-            images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
-        except Exception as error:
-            skipped.append((str(paths[i]), one_line(error)))
-
-    with ThreadPoolExecutor(workers) as pool:
-        for done, _ in enumerate(pool.map(work, range(len(paths))), 1):
-            if sys.stdout.isatty() and time.monotonic() - shown > 0.2:
+        for result in pool.map(one, range(len(items))):
+            out.append(result)
+            if live and time.monotonic() - shown > 0.2:
                 shown = time.monotonic()
-                print(f"\rdecoding {done:,} of {len(paths):,} images ", end="", flush=True)
-    end = "\r\x1b[K" if sys.stdout.isatty() else ""
-    print(f"{end}decoded {len(paths):,} images in {time.monotonic() - started:.1f} s", flush=True)
-    return images, sizes
+                print(f"\r{verb} {len(out):,} of {len(items):,} images ", end="", flush=True)
+    if verb:
+        seconds = time.monotonic() - started
+        print("\r\x1b[K" * live + f"{verb} {len(items):,} images in {seconds:.1f} s", flush=True)
+    return out
 
 
 def one_line(error: Exception) -> str:
@@ -553,7 +549,7 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
         edge = outer[rows].gather(1, bin_).view_as(distance)
         hole = inner[rows].gather(1, bin_).view_as(distance)
         cover = ((edge - distance) * soft + 0.5).clamp(0, 1) * ((distance - hole) * soft + 0.5).clamp(0, 1)
-        light = slope[rows, 0, None, None] * (dy + 0 * dx) + slope[rows, 1, None, None] * (dx + 0 * dy)
+        light = slope[rows, 0, None, None] * dy + slope[rows, 1, None, None] * dx
         back, front = ground[rows, :, None, None], figure[rows, :, None, None]
         picture = back + (front - back) * cover[:, None] + light[:, None]
         picture = picture + 0.03 * torch.randn(picture.shape, generator=rng)
@@ -1056,8 +1052,12 @@ def fit_batch_size(config: RunConfig, n: int) -> None:
     config.batch_size = largest
 
 
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    """The mixed precision of `--amp`, as a context."""
+    dtype = PRECISIONS[config.amp]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -1129,7 +1129,7 @@ class Run:
         """Say what runs: data, network, device, the method's own lines, and every resolved setting of the method."""
         config, model = self.config, self.parts["model"]
         count = sum(p.numel() for p in model.backbone.parameters()) / 1e6
-        heads = sum(p.numel() for p in model.parameters()) / 1e6 - count
+        heads = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 - count
         on = torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
         about = {
             "data": self.data.describe(),
@@ -1189,7 +1189,7 @@ class Run:
                 left = (self.total - self.step) * self.config.batch_size / speed
                 print(
                     f"\r\x1b[Kepoch {self.epoch + 1}/{self.config.epochs} step {self.step_in_epoch}/{self.steps} "
-                    f"loss {float(loss):.4f} std {feature_std(z):.4f} {speed:,.0f} images/s {left / 60:.1f} min left",
+                    f"loss {self.losses[-1]:.4f} std {feature_std(z):.4f} {speed:,.0f} images/s {left / 60:.1f} min left",
                     end="",
                     flush=True,
                 )

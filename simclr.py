@@ -36,9 +36,10 @@ import common
 from common import RunConfig, coin, where_drawn
 
 try:
-    import kernels  # fused losses; without the folder the naive loss below runs
-except ImportError:
-    kernels = None
+    from kernels import nt_xent as fused_nt_xent
+    from kernels import resolve_backend
+except ImportError:  # the folder was not copied along: the naive loss below runs
+    fused_nt_xent = None
 
 OPS = ("crop", "flip", "color", "blur", "solarize", "cutout", "sobel", "noise", "rotate")
 
@@ -101,7 +102,8 @@ class Config(RunConfig):
     blur_probability: Annotated[float, "blur: kernel a tenth of the side, sigma 0.1 to 2 (appendix A)", "0 to 1"] = 0.5
     solarize_probability: Annotated[float, "invert bright pixels (not in the paper; BYOL's)", "0 to 1"] = 0.0
     loss_backend: Annotated[
-        Literal["auto", "triton", "blocked", "naive"], "triton on a GPU, blocked on a CPU, naive: the loss of this file"
+        Literal["auto", "triton", "blocked", "naive"],
+        "auto = what is fastest here: triton on a GPU, blocked on a CPU, naive (the loss of this file) when small",
     ] = "auto"
     out: Annotated[str, "folder of the run's files"] = "runs/simclr"
 
@@ -218,15 +220,19 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5) -> Tensor
 
 def choose_loss(config: Config, device: torch.device) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
     """The loss that runs, and its name for the header."""
-    if kernels is None or config.loss_backend == "naive":
-        if config.loss_backend not in ("auto", "naive"):
-            raise common.InputError(
-                f"--loss-backend {config.loss_backend}: the folder kernels/ is not here; copy it along"
-            )
-        why = "" if config.loss_backend == "naive" else " (kernels/ is not here)"
-        return lambda z1, z2: nt_xent(z1.float(), z2.float(), config.temperature), "naive" + why
-    name = kernels.resolve_backend(config.loss_backend, 2 * config.batch_size, 2 * config.batch_size, device)
-    return lambda z1, z2: kernels.nt_xent(z1, z2, config.temperature, backend=name), name
+    asked, tau, views = config.loss_backend, config.temperature, 2 * config.batch_size
+    if fused_nt_xent is None:
+        if asked not in ("auto", "naive"):
+            raise common.InputError(f"--loss-backend {asked}: the folder kernels/ is not here; copy it along")
+        return lambda z1, z2: nt_xent(z1.float(), z2.float(), tau), "naive (kernels/ is not here)"
+    dtype = common.PRECISIONS[config.amp] or torch.float32
+    try:
+        name = resolve_backend(asked, views, views, device, dtype)
+    except ValueError as error:
+        raise common.InputError(f"--loss-backend {asked}: {error}") from None
+    if name == "naive":
+        return lambda z1, z2: nt_xent(z1.float(), z2.float(), tau), name
+    return lambda z1, z2: fused_nt_xent(z1, z2, tau, backend=name), name
 
 
 def backward(
@@ -284,9 +290,8 @@ def train(config: Config) -> dict[str, Any]:
     with run:
         while run.epoch < config.epochs:
             for _, crops in run.batches(views=1 if one_branch else 2, scale=scale):
-                x1, x2 = augment(crops[0].clone(), config, ops), crops[-1]
-                if not one_branch:
-                    x2 = augment(x2, config, ops)
+                x1 = augment(crops[0].clone(), config, ops)  # t(x); one draw for every image
+                x2 = crops[-1] if one_branch else augment(crops[-1], config, ops)  # t'(x)
                 now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
                 for group in optimizer.param_groups:
                     group["lr"] = now

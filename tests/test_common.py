@@ -64,6 +64,12 @@ def test_shapes_are_the_same_for_a_seed_and_balanced():
     assert a.shape == (200, 3, 32, 32) and a.dtype == torch.uint8 and la.bincount().tolist() == [20] * 10
 
 
+def test_the_label_is_the_shape_drawn():
+    (a, la), (b, lb) = common.make_shapes(3000, 0), common.make_shapes(300, 1)
+    a, b = (x.float().flatten(1) for x in (a, b))
+    assert common.knn_accuracy(a - a.mean(0), la, b - a.mean(0), lb, k=1) > 0.3
+
+
 def test_shapes_have_one_area_whatever_the_class():
     outer, inner = common.shape_outlines()
     assert torch.allclose((outer**2 - inner**2).mean(1), torch.tensor(0.5), atol=1e-4)
