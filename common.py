@@ -58,9 +58,11 @@ def exit_status() -> Iterator[None]:
     except RunFailure as error:
         status, line = 1, f"error: {error}"
     except KeyboardInterrupt as error:
-        status, line = 130, str(error) or "stopped; the last checkpoint is whole, --resume continues from it"
+        status, line = 130, str(error) or "stopped"
     except (torch.OutOfMemoryError, MemoryError):
-        status, line = 1, "error: out of memory; give a smaller --batch-size, or --micro-batch-size where there is one"
+        status, line = 1, "error: out of memory; less is needed with a smaller --batch-size or --micro-batch-size"
+    except OSError as error:
+        status, line = 1, f"error: {error.filename or 'a file'}: {error.strerror or error}; is the disk full?"
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -71,6 +73,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
     "> 0": lambda v: v > 0,
     ">= 0": lambda v: v >= 0,
     ">= 1": lambda v: v >= 1,
+    ">= 8": lambda v: v >= 8,
     "0 to 1": lambda v: 0 <= v <= 1,
     "> 0, <= 1": lambda v: 0 < v <= 1,
 }
@@ -98,7 +101,12 @@ class RunConfig:
         "train/ and test/ or val/ of such, or of images without labels",
     ] = "shapes"
     data_dir: Annotated[str, "where downloads are kept"] = "data"
-    resident_gb: Annotated[float, "hold the decoded images in memory up to this size, stream above it", ">= 0"] = 4.0
+    resident_gb: Annotated[
+        float,
+        "hold a folder's decoded images in memory up to this size (photos of many shapes at 8/7 of the view's side), "
+        "stream above it",
+        ">= 0",
+    ] = 4.0
     epochs: Annotated[int, "passes over the training images", ">= 1"] = 100
     batch_size: Annotated[int, "images in a step (each gives two views)", ">= 1"] = 256
     backbone: Annotated[str, "a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick"] = (
@@ -108,14 +116,14 @@ class RunConfig:
         Literal["auto", "cifar", "imagenet"],
         "first layers: cifar = 3x3 without max-pool, imagenet = 7x7 stride 2 with it; auto = cifar up to 64 pixels",
     ] = "auto"
-    image_size: Annotated[int, "side of a view in pixels", ">= 1"] = 224
+    image_size: Annotated[int, "side of a view in pixels", ">= 8"] = 224
     lr: Annotated[float, "learning rate before scaling by the batch size", "> 0"] = 0.1
     weight_decay: Annotated[float, "weight decay", ">= 0"] = 0.0
     warmup_epochs: Annotated[float, "epochs of linear warm-up of the learning rate", ">= 0"] = 0.0
     seed: Annotated[int, "seed of everything random: weights, data order, views", ">= 0"] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto = cuda where there is one"] = "auto"
     workers: Annotated[
-        int, "threads that decode, or processes that stream, images; at most one a core is started", ">= 1"
+        int, "threads that decode, or processes that stream, images; no more are started than there are cores", ">= 1"
     ] = 4
     amp: Annotated[Literal["off", "bf16", "fp16"], "mixed precision of the network"] = "off"
     compile: Annotated[bool, "torch.compile the network (slow start, faster steps)"] = False
@@ -129,6 +137,8 @@ class RunConfig:
             value, choices = getattr(self, name), typing.get_args(kind)
             if typing.get_origin(kind) is Literal and value not in choices:
                 raise InputError(f"{dashed(name)} {value}: choose one of {', '.join(map(str, choices))}")
+            if kind in (int, float, str, bool) and not isinstance(value, (int, float) if kind is float else kind):
+                raise InputError(f"{dashed(name)} {value}: must be {kind.__name__}")
             if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
                 raise InputError(f"{dashed(name)} {value}: must be {bound}")
 
@@ -204,6 +214,9 @@ def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
         given.setdefault("preset", small.get(data, "paper"))
         base = config.PRESETS[given["preset"]]
     result = config(**(base | given))
+    if result.warmup_epochs >= result.epochs and "warmup_epochs" not in given:
+        print(f"note: a warm-up of {result.warmup_epochs:g} epochs is lowered to a tenth of the {result.epochs} epochs")
+        result.warmup_epochs = result.epochs / 10
     result.batch_size_by_hand = "batch_size" in given
     return result
 
@@ -269,14 +282,21 @@ class Images:
         return boxes * torch.cat([shrink, shrink], dim=1)
 
     def stream(self, batches, size, views, scale, seed, workers) -> Iterator[Tensor]:
+        """Batches uint8 (B, views, 3, size, size) from worker processes, which fill pieces of at most 256 images."""
+        pieces = [[piece.tolist() for piece in batch.split(256)] for batch in batches]
         loader = torch.utils.data.DataLoader(
             StreamedViews(self.paths, size, views, scale, seed),
-            batch_sampler=[batch.tolist() for batch in batches],
+            batch_sampler=[piece for batch in pieces for piece in batch],
             num_workers=min(workers, os.cpu_count() or 1),
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from torch's own, and a resumed run draws once more
         )
-        for batch in loader:
-            yield batch.to(self.device, non_blocking=True)
+        try:
+            arriving = iter(loader)
+            for batch in pieces:
+                yield torch.cat([next(arriving).to(self.device, non_blocking=True) for _ in batch])
+        except RunFailure as error:  # a worker's, with its traceback in the text
+            raise RunFailure(str(error).strip().split("RunFailure: ")[-1]) from None
 
 
 class StreamedViews(torch.utils.data.Dataset):
@@ -290,12 +310,14 @@ class StreamedViews(torch.utils.data.Dataset):
         for offset in range(100):
             path = self.paths[(index + offset) % len(self.paths)]  # the next one stands in for a damaged file
             try:
-                image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
                 break
             except Exception as error:
                 print(f"\nwarning: skipped {path}: {one_line(error)}", file=sys.stderr)
         else:
-            raise RuntimeError("a hundred images in a row cannot be decoded; is the folder still there?")
+            raise RunFailure("a hundred images in a row cannot be decoded; is the folder still there?")
         sizes, views = torch.tensor([image.shape[1:]]), []
         for _ in range(self.views):
             if self.scale == "centre":
@@ -377,30 +399,32 @@ def decode(path: Path, fit: tuple[int, int] | None = None) -> tuple[np.ndarray, 
     Grey, palette, RGBA, CMYK and 16-bit pictures are converted. `fit` = (height, width) resizes, which lets JPEG
     decode at a reduced scale. Raises what Pillow raises for a damaged file.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1)  # EXIF orientation
-            if fit:
-                image.draft("RGB", (2 * fit[1], 2 * fit[0]))
-            if turned > 1:
-                image = ImageOps.exif_transpose(image)
-                width, height = (height, width) if turned >= 5 else (width, height)
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip at 255
-                grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-                image = Image.fromarray(grey.astype(np.uint8))
-            elif image.mode == "F":
-                image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
-            image = image.convert("RGB")
-            if fit and image.size != (fit[1], fit[0]):
-                image = image.resize((fit[1], fit[0]), Image.Resampling.BILINEAR)  # with antialiasing
-            return np.array(image), (height, width)
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1)  # EXIF orientation
+        if fit:
+            image.draft("RGB", (2 * fit[1], 2 * fit[0]))
+        if turned > 1:
+            image = ImageOps.exif_transpose(image)
+            width, height = (height, width) if turned >= 5 else (width, height)
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
+        image = image.convert("RGB")
+        if fit and image.size != (fit[1], fit[0]):
+            image = image.resize((fit[1], fit[0]), Image.Resampling.BILINEAR)  # with antialiasing
+        return np.array(image), (height, width)
 
 
 def list_images(root: Path) -> list[Path]:
-    """Every file below `root` that is named like an image, in a fixed order."""
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    """Every file below `root` named like an image, in a fixed order, through links, without hidden ones."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES and not f.startswith("."))
+        found += [Path(folder) / name for name in names]
+    return found
 
 
 def load_folder(config: RunConfig, device: torch.device) -> Data:
@@ -415,25 +439,24 @@ def load_folder(config: RunConfig, device: torch.device) -> Data:
         )
     parts = [root / "train"] if (root / "train").is_dir() else [root]
     parts += [p for p in (root / "test", root / "val") if parts[0] != root and p.is_dir()][:1]
-    folders = sorted(p for p in parts[0].iterdir() if p.is_dir() and not p.name.startswith("."))
-    flat = any(p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES for p in parts[0].iterdir())
-    classes = [] if flat or len(folders) < 2 else [p.name for p in folders]
+    names = sorted(p.name for p in parts[0].iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = {name: i for i, name in enumerate(names)} if len(names) > 1 else {}  # one folder says nothing
 
     paths, labels, split = [], [], []
     for which, part in enumerate(parts):
         for path in list_images(part):
-            name = path.relative_to(part).parts[0]
-            if classes and name not in classes:
-                continue  # a test class that was not trained on
+            label = classes.get(path.relative_to(part).parts[0], -1)
+            if which == 1 and classes and label < 0:
+                continue  # a test image of a class that was not trained on
             paths.append(path)
-            labels.append(classes.index(name) if classes else -1)
+            labels.append(label)
             split.append(which)
     if not paths:
         raise InputError(f"--data {root}: no images in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
 
     side = round(config.image_size * 8 / 7)  # 256 for views of 224
     images, skipped = None, []
-    sizes = in_threads(picture_size, paths, config.workers, skipped)
+    sizes = in_threads(picture_size, paths, config.workers, skipped, "checked")
     if len(paths) * 3 * side * side <= config.resident_gb * 1e9:
         first = next((size for size in sizes if size), (side, side))
         same = max(first) <= side and all(size in (first, None) for size in sizes)
@@ -475,7 +498,7 @@ def load_folder(config: RunConfig, device: torch.device) -> Data:
     if (split == 0).sum() == 0:
         raise InputError(f"--data {root}: no image left to train on in {parts[0]}")
     test = part(1) if (split == 1).any() else None
-    return Data(str(root), part(0), test, classes, skipped)
+    return Data(str(root), part(0), test, list(classes), skipped)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -487,9 +510,9 @@ def picture_size(path: Path) -> tuple[int, int]:
     return height, width
 
 
-def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str = "", names: Any = None) -> list:
+def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str, names: Any = None) -> list:
     """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted
-    in `skipped`. With a `verb`, a progress line."""
+    in `skipped`, with its name. Progress in a terminal, and a line when it took more than two seconds."""
 
     def one(i: int) -> Any:
         try:
@@ -498,16 +521,16 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
             skipped.append((str((names or items)[i]), one_line(error)))
 
     started = shown = time.monotonic()
-    live, out = bool(verb) and sys.stdout.isatty(), []
-    with ThreadPoolExecutor(workers) as pool:
+    live, out = sys.stdout.isatty(), []
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         for result in pool.map(one, range(len(items))):
             out.append(result)
             if live and time.monotonic() - shown > 0.2:
                 shown = time.monotonic()
                 print(f"\r{verb} {len(out):,} of {len(items):,} images ", end="", flush=True)
-    if verb:
-        seconds = time.monotonic() - started
-        print("\r\x1b[K" * live + f"{verb} {len(items):,} images in {seconds:.1f} s", flush=True)
+    seconds = time.monotonic() - started
+    print("\r\x1b[K" * live + f"{verb} {len(items):,} images in {seconds:.1f} s\n" * (seconds > 2), end="", flush=True)
     return out
 
 
@@ -609,18 +632,13 @@ def random_crop_boxes(sizes: Tensor, scale: tuple[float, float], generator: torc
     ratio = torch.exp(low + (high - low) * u[1])
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    w, h = w.gather(1, first), h.gather(1, first)
-    if not fits.any(1).all():
-        last = ~fits.any(1, keepdim=True)
-        bound_w, bound_h = (height * VIEW_RATIO[1]).round(), (width / VIEW_RATIO[0]).round()
-        w, h = torch.where(last, torch.minimum(width, bound_w), w), torch.where(last, torch.minimum(height, bound_h), h)
-        u[2, :, :2] = torch.where(last, 0.5, u[2, :, :2])
+    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
+    ratio_low, ratio_high = VIEW_RATIO
+    w = torch.where(none, torch.minimum(width, (height * ratio_high).round()), w.gather(1, first))
+    h = torch.where(none, torch.minimum(height, (width / ratio_low).round()), h.gather(1, first))
     room = torch.cat([height - h, width - w], 1)
     corner = (u[2, :, :2] * (room + 1)).floor().minimum(room)
-    if not fits.any(1).all():
-        corner = torch.where(last, (room / 2).floor(), corner)
-    return torch.cat([corner, h, w], 1)
+    return torch.cat([torch.where(none, (room / 2).floor(), corner), h, w], 1)
 
 
 def whole_boxes(sizes: Tensor) -> Tensor:
@@ -629,7 +647,7 @@ def whole_boxes(sizes: Tensor) -> Tensor:
 
 
 def central_boxes(sizes: Tensor, size: int) -> Tensor:
-    """Evaluation boxes (N, 4): the central square of 7/8 of the short side; all of the square for images <= `size`."""
+    """Evaluation boxes (N, 4): the central square, of 7/8 of the short side for views above 64 pixels."""
     short = sizes.amin(1, keepdim=True).float()
     side = torch.where(short > size, short * 7 / 8, short) if size > 64 else short
     return torch.cat([(sizes - side) / 2, side, side], 1)
@@ -883,9 +901,11 @@ def still_statistics(model: nn.Module) -> Iterator[None]:
     kept = [m.momentum for m in layers]
     for layer in layers:
         layer.momentum = 0.0
-    yield
-    for layer, momentum in zip(layers, kept, strict=True):
-        layer.momentum = momentum
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, kept, strict=True):
+            layer.momentum = momentum
 
 
 # -------------------------------------------------------------------------------------------------- optimisation
@@ -949,7 +969,8 @@ def embed(
     network: Callable[[Tensor], Tensor], images: Images, config: RunConfig, index: Tensor | None = None
 ) -> Tensor:
     """`network`, its BN in eval mode, over the central views of a split (or of its images `index`): (N, d) float32."""
-    batches = (torch.arange(len(images)) if index is None else index).split(512)
+    index = torch.arange(len(images)) if index is None else index
+    batches = index.split(min(512, 2 * config.batch_size))
     was = isinstance(network, nn.Module) and network.training
     if was:
         network.eval()
@@ -978,11 +999,16 @@ def knn_accuracy(
     return right / len(queries)
 
 
+BANK = 100_000  # training images that kNN compares with, at most
+
+
 def knn_of(network: Callable[[Tensor], Tensor], data: Data, config: RunConfig) -> float | None:
     """kNN top-1 on the held-out images with the labelled training images as the bank; None without labels."""
     if not data.labelled():
         return None
     bank = (data.train.labels >= 0).nonzero().squeeze(1)
+    if len(bank) > BANK:
+        bank = bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:BANK]]
     known, queries = embed(network, data.train, config, bank), embed(network, data.test, config)
     if network is pixels:
         queries, known = queries - known.mean(0), known - known.mean(0)
@@ -1042,14 +1068,18 @@ def prepare(config: RunConfig) -> torch.device:
 
 
 def fit_batch_size(config: RunConfig, n: int) -> None:
-    """A batch larger than the training set: an error if asked for by hand, else the preset's value is lowered."""
+    """A batch larger than the n training images: an error if it was given by hand; else the preset's is lowered to
+    the power of two that makes at least 16 steps an epoch."""
+    if n < 2:
+        raise InputError(f"--data {config.data}: only {n} image to train on; give 2 or more")
     if config.batch_size <= n:
         return
-    largest = 2 ** int(math.log2(n))
     if config.batch_size_by_hand:
-        raise InputError(f"--batch-size {config.batch_size}: only {n} training images; give {largest} or less")
-    print(f"note: the {config.preset} preset's batch of {config.batch_size} is lowered to {largest}, for {n} images")
-    config.batch_size = largest
+        raise InputError(f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
+    lower = 2 ** max(1, int(math.log2(n / 16)))
+    print(f"note: the {config.preset} preset's batch of {config.batch_size} is lowered to {lower}, for {n} images")
+    config.batch_size = lower
+    config.__post_init__()  # the other flags must fit this one too
 
 
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1082,6 +1112,7 @@ def load_checkpoint(path: Path, method: str | None = None) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["method"]
+        _ = [state[key] for key in ("config", "model", "steps", "rows", "rng")] if found == method else None
     except FileNotFoundError:
         raise InputError(f"no checkpoint {path}; train first, or give the run's folder") from None
     except Exception:  # torch.load raises many kinds for a damaged file
@@ -1189,7 +1220,8 @@ class Run:
                 left = (self.total - self.step) * self.config.batch_size / speed
                 print(
                     f"\r\x1b[Kepoch {self.epoch + 1}/{self.config.epochs} step {self.step_in_epoch}/{self.steps} "
-                    f"loss {self.losses[-1]:.4f} std {feature_std(z):.4f} {speed:,.0f} images/s {left / 60:.1f} min left",
+                    f"loss {self.losses[-1]:.4f} std {feature_std(z):.4f} {speed:,.0f} images/s "
+                    f"{left / 60:.1f} min left",
                     end="",
                     flush=True,
                 )
@@ -1203,14 +1235,16 @@ class Run:
         raise KeyboardInterrupt(f"{done}; {self.checkpoint} is saved, --resume continues from there")
 
     def check_losses(self) -> None:
-        values = torch.stack([torch.as_tensor(v, device=self.device).float() for v in self.losses]).tolist()
-        for i, value in enumerate(values):
+        fresh = [v for v in self.losses if isinstance(v, Tensor)]
+        known = len(self.losses) - len(fresh)
+        self.losses[known:] = torch.stack(fresh).float().tolist()
+        for i, value in enumerate(self.losses[known:], known + 1):
             if not math.isfinite(value):
-                self.step_in_epoch = i + 1
+                self.step_in_epoch = i
                 self.fail(f"the loss is {value}")
-        self.losses = values
 
     def fail(self, what: str) -> typing.NoReturn:
+        print(end="\n" if self.live else "", flush=True)  # after the progress line
         last = f"the last good one is kept in {self.checkpoint}" if self.checkpoint.exists() else "none was written yet"
         raise RunFailure(f"{what} at step {self.step} of {self.total}; --lr is likely too high; checkpoint: {last}")
 
@@ -1251,10 +1285,10 @@ class Run:
             networks = control | {"h, trained backbone": model.backbone, "g(h), trained": model}
             print(f"\nkNN top-1 on {len(self.data.test):,} held-out images (k = 200, cosine)")
             for name, network in networks.items():
-                metrics[f"knn {name}"] = knn_of(network, self.data, self.config)
+                known = metrics["knn_top1"] if network is model.backbone else None
+                metrics[f"knn {name}"] = knn_of(network, self.data, self.config) if known is None else known
                 print(f"  {name:24}{metrics[f'knn {name}']:.3f}", flush=True)
-        files = ", ".join(p.name for p in sorted(self.out.glob("*")) if p.name[0] != "c" or p.suffix == ".png")
-        print(f"\n{self.out}: {files}; next: python linear_eval.py {self.out}")
+        print(f"\n{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}")
         return metrics
 
     def save(self) -> None:
@@ -1266,8 +1300,7 @@ class Run:
             "method": self.config.METHOD,
             "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
             "config": dataclasses.asdict(self.config),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "rng": torch.get_rng_state(),  # everything random is drawn on the CPU
             "steps": self.steps,
             "losses": [float(v) for v in self.losses],
         }
@@ -1287,14 +1320,15 @@ class Run:
             try:
                 if state["kinds"][name] != type(part).__name__:
                     raise KeyError(name)
+                flags_now = [{**group, "params": None} for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(state[name])
+                for group, now in zip(getattr(part, "param_groups", []), flags_now, strict=True):
+                    group.update({key: value for key, value in now.items() if key != "params"})
             except (RuntimeError, ValueError, KeyError):
                 raise InputError(
                     f"--resume: the {name} in {self.checkpoint} is another; give that run's flags"
                 ) from None
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
         for name in ("rows", "epoch", "step_in_epoch", "losses", "seconds"):
             setattr(self, name, state[name])
 

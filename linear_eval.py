@@ -35,9 +35,12 @@ def load_run(folder: str) -> tuple[RunConfig, nn.Module]:
     if method is None:
         raise InputError(f"{path}: unknown method {state['method']}")
     known = common.flags(method.Config)
-    config = method.Config(**{k: v for k, v in state["config"].items() if k in known})
-    model = getattr(method, MODELS[state["method"]])(config)
-    model.load_state_dict(state["model"])
+    try:
+        config = method.Config(**{k: v for k, v in state["config"].items() if k in known})
+        model = getattr(method, MODELS[state["method"]])(config)
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError):
+        raise InputError(f"{path} is not a whole checkpoint of {state['method']}; train again") from None
     return config, model
 
 

@@ -58,7 +58,7 @@ def few_shapes(monkeypatch):
         (["--weight-decay", "-1"], "--weight-decay -1.0: must be >= 0"),
         (["--crop-min-scale", "1.5"], "--crop-min-scale 1.5: must be > 0, <= 1"),
         (["--flip-probability", "2"], "--flip-probability 2.0: must be 0 to 1"),
-        (["--batch-size", "100000"], "--batch-size 100000: only 400 training images; give 256 or less"),
+        (["--batch-size", "100000"], "--batch-size 100000: only 400 training images; give 400 or less"),
         (["--batch-size", "1"], "there are no negatives"),
         (["--micro-batch-size", "48"], "--micro-batch-size 48: must divide the batch size"),
         (["--backbone", "resnet19"], "--backbone resnet19: unknown; did you mean resnet"),
@@ -67,6 +67,8 @@ def few_shapes(monkeypatch):
         (["--jitter-strength", "9"], "--jitter-strength 9.0: at most 2.5"),
         (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
         (["--preset", "nice"], "argument --preset: invalid choice: 'nice'"),
+        (["--image-size", "4"], "--image-size 4: must be >= 8"),
+        (["--loss-backend", "triton"], "--loss-backend triton:"),
         (["--seed", "-1"], "--seed -1: must be >= 0"),
         (["--resume"], "--resume: no run in"),
     ],
@@ -154,6 +156,27 @@ def test_checkpoint_of_another_method_truncated_or_missing(few_shapes, tmp_path,
     assert status == 2 and "cannot be read" in err
 
 
+def test_a_value_of_the_wrong_type(few_shapes, tmp_path, capsys):
+    """As an edited config.json may hold."""
+    assert outcome(capsys, [*TINY, "--out", tmp_path])[0] == 0
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"epochs": 1', '"epochs": "1"'))
+    status, err = outcome(capsys, ["--out", tmp_path, "--resume"])
+    assert status == 2 and "--epochs 1: must be int" in err
+
+
+def test_one_picture_is_too_few(tmp_path, capsys):
+    argv = ["--data", photos(tmp_path / "one", n=1, classes=None), "--out", tmp_path / "run", "--backbone", "resnet8"]
+    status, err = outcome(capsys, argv)
+    assert status == 2 and "only 1 image to train on" in err
+
+
+def test_pieces_that_do_not_divide_a_lowered_batch(tmp_path, capsys):
+    argv = ["--data", photos(tmp_path / "few", classes=None), "--out", tmp_path / "run", "--backbone", "resnet8"]
+    status, err = outcome(capsys, [*argv, "--micro-batch-size", "256"])
+    assert status == 2 and "--micro-batch-size 256: must divide the batch size 2" in err
+
+
 def test_resume_with_another_network(few_shapes, tmp_path, capsys):
     assert outcome(capsys, [*TINY, "--out", tmp_path])[0] == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -190,6 +213,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(few_shapes, tmp_path, capsys, mon
     assert status == 1 and "cannot write" in err and "is kept" in err and err.count("\n") == 1
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_full_disk_in_a_fresh_run(few_shapes, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))  # not even views.png
+    try:
+        status, err = outcome(capsys, [*TINY, "--out", tmp_path])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_a_download_that_fails_says_so(tmp_path, capsys, monkeypatch):

@@ -137,12 +137,43 @@ def test_a_flat_folder_has_no_labels_and_no_knn(tmp_path, capsys):
     assert (tmp_path / "run" / "log.csv").read_text().splitlines()[1].split(",")[5] == ""
 
 
+def test_links_hidden_folders_and_stray_pictures(tmp_path):
+    """Linked class folders count, hidden ones do not, and a picture beside the classes is one without a label."""
+    for i in range(20):
+        write(tmp_path / "elsewhere" / "b" / f"{i:02}.png", noise(32, 32, 3, seed=i))
+        write(tmp_path / "photos" / "a" / f"{i:02}.png", noise(32, 32, 3, seed=100 + i))
+    (tmp_path / "photos" / "b").symlink_to(tmp_path / "elsewhere" / "b", target_is_directory=True)
+    write(tmp_path / "photos" / ".thumbnails" / "x.png", noise(32, 32, 3))
+    write(tmp_path / "photos" / "cover.png", noise(32, 32, 3))
+    data = common.load_data(config(tmp_path / "photos"), CPU)
+    assert data.classes == ["a", "b"] and len(data.test) == 4
+    assert sorted(data.train.labels.tolist()) == [-1] + [0] * 18 + [1] * 18
+
+
+def test_a_long_warm_up_of_a_preset_is_shortened(capsys):
+    c = common.parse_args(simclr.Config, ["--preset", "cifar", "--epochs", "10"])
+    assert c.warmup_epochs == 1.0 and "is lowered" in capsys.readouterr().out
+    assert common.parse_args(simclr.Config, ["--epochs", "3", "--warmup-epochs", "3"]).warmup_epochs == 3
+
+
+def test_resume_takes_a_new_weight_decay(tmp_path):
+    c = simclr.Config(data="shapes", backbone="resnet8", image_size=32, epochs=1, batch_size=4, out=str(tmp_path))
+    images, labels = common.make_shapes(8, 0)
+    data = common.Data("x", common.whole(images, labels, CPU), None, [], [])
+    for decay, resume in ((0.1, False), (0.2, True)):
+        c.resume, model = resume, simclr.SimCLR(c)
+        optimizer = torch.optim.SGD(common.parameter_groups(model, decay), lr=0.1, momentum=0.9)
+        run = common.Run(c, data, CPU, model=model, optimizer=optimizer)
+        run.save()
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.2, 0.0]
+
+
 def test_a_presets_batch_is_lowered_to_the_data(tmp_path, capsys, monkeypatch):
-    for i in range(9):
+    for i in range(40):
         write(tmp_path / "photos" / f"{i}.png", noise(40, 30 + i, 3, seed=i))
     flags = ["--data", str(tmp_path / "photos"), "--epochs", "1", "--backbone", "resnet8", "--image-size", "16"]
     simclr.train(common.parse_args(simclr.Config, [*flags, "--out", str(tmp_path / "run")]))
-    assert "batch of 4096 is lowered to 8" in capsys.readouterr().out
+    assert "batch of 4096 is lowered to 2," in capsys.readouterr().out
 
 
 def test_streamed_views_are_the_resident_ones(tmp_path):

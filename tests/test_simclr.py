@@ -223,16 +223,25 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
-    """SIGKILL loses the epoch it hits, Ctrl-C saves at the step it hits; both end where the whole run ends."""
-    pictures, labels = common.make_shapes(2000, 0)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        path = tmp_path / "photos" / str(label.item()) / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Enough pictures for an epoch of seconds, in class folders."""
+    root = tmp_path_factory.mktemp("photos")
+    for i, (picture, label) in enumerate(zip(*common.make_shapes(3000, 0), strict=True)):
+        path = root / str(label.item()) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-    flags = [*TINY, "--epochs", "3", "--data", str(tmp_path / "photos"), "--preset", "demo"]
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, memory", [(signal.SIGKILL, "4"), (signal.SIGINT, "4"), (signal.SIGINT, "0")])
+def test_a_killed_run_resumes_bit_for_bit(photos, tmp_path, how, memory):
+    """SIGKILL loses the epoch it hits, Ctrl-C saves at the step it hits; both end where the whole run ends.
+
+    With images held in memory, and streamed (`--resident-gb 0`).
+    """
+    flags = [*TINY, "--data", str(photos), "--preset", "demo", "--resident-gb", memory, "--workers", "1"]
     assert run(*flags, "--out", tmp_path / "whole").returncode == 0
     command = [sys.executable, "simclr.py", *flags, "--out", str(tmp_path / "cut")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -241,7 +250,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
     ) as process:
         while not process.stdout.readline().startswith("epoch   1/"):
             assert process.poll() is None
-        time.sleep(0.7)  # into the second epoch
+        time.sleep(1.5 if memory == "0" else 0.7)  # into the second epoch
         process.send_signal(how)
         out, err = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -9)
