@@ -1,0 +1,211 @@
+"""Compile every configuration of the Triton kernels ahead of time, without a GPU, and look at the machine code.
+
+    python benchmarks/kernels.py                            all targets and widths; some minutes
+    python benchmarks/kernels.py --target sm_90 --d 128
+
+Prints, for each kernel: registers, spills, shared memory, CTAs per SM, tensor-core instructions, and what the inner
+loop executes per similarity (matrix products, exponentials, other instructions, the masked branch of edge tiles
+included). From these and the card's published rates it derives what fraction of the card's floor the loop can reach;
+that column is derived, not measured. Exits 1 on a spill, on local memory, on an atomic, on more shared memory than the
+card has, or where 16-bit inputs do not reach the tensor cores.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import fused
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KB an SM or compute unit, as published
+# Multiply-adds an SM and clock in 16-bit tensor cores, from the published dense rates: A100 312e12 / 2 / (108 x
+# 1.41e9), H100 SXM 989e12 / 2 / (132 x 1.83e9), B200 2250e12 / 2 / (148 x 1.85e9). 16 exponentials an SM and clock on
+# each, and 128 lanes for everything else.
+TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # what 16-bit products must use
+RATES = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
+DTYPES = {
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "tf32x3": torch.float32,
+}  # fp16: for float16 and bfloat16 inputs
+
+
+def variants(width, dtype, target):
+    """Yield (name, kernel, constants, warps, stages) for every launch that the width can lead to."""
+    hip = target == "gfx942"
+    precision = "ieee" if dtype == "fp16" or hip else dtype
+    bm, bn, bd, warps, stages = fused.configuration(width, DTYPES[dtype], precision, "small" if hip else target)
+    tile = dict(BM=bm, BN=bn, BD=bd, CHUNKS=-(-width // bd), ACC=tl.float32, PRECISION=precision)
+    for labels in (False, True):
+        name = ", labels" if labels else ""
+        for shift in (False, True):
+            flags = dict(LABELS=labels, SHIFT=shift)
+            if shift:
+                name += ", shift"
+            yield "forward" + name, fused.forward_kernel, tile | flags | dict(EMIT=False), warps, stages
+            yield "backward" + name, fused.backward_kernel, tile | flags, warps, stages
+    yield "forward, emit", fused.forward_kernel, tile | dict(LABELS=False, SHIFT=True, EMIT=True), warps, stages
+    row = triton.next_power_of_2(width)
+    yield "unit_rows", fused.unit_rows_kernel, dict(BD=row, ACC=tl.float32), 4, 3
+    yield "unit_rows_backward", fused.unit_rows_backward_kernel, dict(BD=row), 4, 3
+
+
+def compile_one(task):
+    target, width, dtype, name = task
+    _, kernel, constants, warps, stages = next(v for v in variants(width, dtype, target) if v[0] == name)
+    element = "*fp16" if dtype == "fp16" else "*fp32"
+    integers = dict.fromkeys(("M", "K", "d", "offset", "columns_per_split", "stride_m", "stride_d"), "i32")
+    types = integers | {"C": element, "X": element, "DX": element, "RowLabel": "*i64", "ColLabel": "*i64"}
+    types["Z"] = "*fp32" if name == "unit_rows_backward" else element
+    if not constants.get("LABELS"):
+        constants = constants | {p: None for p in ("RowLabel", "ColLabel") if p in kernel.arg_names}
+    signature = {p: "constexpr" if p in constants else types.get(p, "*fp32") for p in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, p in enumerate(kernel.arg_names)
+        if p not in constants and p not in ("offset", "stride_d")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
+    row = dict(target=target, d=width, dtype=dtype, kernel=name, warps=warps, shared=compiled.metadata.shared)
+    elements = constants.get("BM", 0) * constants.get("BN", 0)
+    row["tile"] = f"{constants['BM']}x{constants['BN']}" if elements else "row"
+    (read_amd if target == "gfx942" else read_sass)(compiled, row, elements, constants["BD"])
+    needed = dtype == "fp16" and bool(elements)
+    row["bad"] = bool(
+        row["shared"] > 1024 * (SHARED[target] - (target != "gfx942"))
+        or row["spill"]
+        or row["atomics"]
+        or (needed and TENSOR[target] not in row["tensor"].split())
+    )
+    return row
+
+
+def read_sass(compiled, row, elements, bd):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    row["registers"], row["spill"] = int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+    row["spill"] += len(re.findall(r"\b(?:STL|LDL)\b", code))
+    row["atomics"] = len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG)\.", code))
+    row["tensor"] = " ".join(sorted(set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", code))))
+    by_registers = 65536 // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
+    by_shared = SHARED[row["target"]] * 1024 // (row["shared"] + 1024)
+    row["ctas"] = min(by_registers, by_shared, 64 // row["warps"])
+    if not elements:
+        return
+    loop = inner_loop(code)
+    threads, warps = 32 * row["warps"], row["warps"]
+    row["exp"] = sum("MUFU.EX2" in line for line in loop) * threads / elements
+    multiply_adds = 0
+    for line in loop:
+        if match := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", line):
+            multiply_adds += int(match[1]) * int(match[2]) * int(match[3]) * warps / 4
+        elif match := re.search(r"HMMA\.(16)(8)(16|8|4)\.", line):
+            multiply_adds += 16 * 8 * int(match[3]) * warps
+    row["products"] = (
+        multiply_adds / (elements * bd) if multiply_adds else "-"
+    )  # sm_100 keeps the shape out of the name
+    row["other"] = len(loop) * threads / elements - row["exp"]
+
+
+def inner_loop(code):
+    """Return the instructions of the loop that holds most exponentials: from a label to the last jump back to it."""
+    lines, labels, best = [], {}, []
+    for line in code.splitlines():
+        if match := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[match[1]] = len(lines)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line):
+            lines.append(line)
+            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:
+                loop = lines[labels[jump[1]] :]
+                if sum("EX2" in each for each in loop) > sum("EX2" in each for each in best):
+                    best = loop
+    return best
+
+
+def read_amd(compiled, row, elements, bd):
+    code = compiled.asm["amdgcn"]
+    number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1])  # noqa: E731
+    row["registers"], row["spill"] = (
+        number("vgpr_count"),
+        number("vgpr_spill_count") + number("private_segment_fixed_size"),
+    )
+    row["atomics"] = len(re.findall(r"\b(?:global|buffer|flat|ds)_atomic", code))
+    row["tensor"] = "MFMA" if "v_mfma" in code else ""
+
+
+def fraction_of_floor(row):
+    """Derived, not measured: the time of the least work at the published rates, over that of this loop's instructions,
+    as a range. The floor overlaps products and exponentials perfectly. The low end lets the loop overlap nothing
+    (products, exponentials and the other instructions one after the other), the high end everything."""
+    if row["target"] not in RATES or row.get("products", "-") == "-" or row["dtype"] != "fp16":
+        return "-"
+    products = row["d"] / RATES[row["target"]]  # clocks of an SM for one product's similarity
+    floor = max((2 if "backward" in row["kernel"] or "emit" in row["kernel"] else 1) * products, 1 / 16)
+    own = row["products"] * products, row["exp"] / 16, row["other"] / 128
+    return f"{floor / sum(own):.2f}-{floor / max(own):.2f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--d", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    tasks = [
+        (target, d, dtype, name)
+        for target in args.target
+        for dtype in args.dtype
+        if not (target == "gfx942" and dtype == "tf32x3")  # there 32-bit floats have matrix instructions of their own
+        for d in args.d
+        for name, *_ in variants(d, dtype, target)
+    ]
+    columns = "target d dtype kernel tile warps registers spill shared ctas tensor products exp other atomics".split()  # noqa: SIM905
+    widths = [7, 4, 7, 24, 8, 6, 10, 6, 7, 5, 11, 9, 6, 7, 8]
+    print("".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)), "floor (derived)")
+    failures = 0
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        for row in pool.map(compile_one, tasks):
+            cells = [row.get(c, "-") for c in columns]
+            cells = [f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells]
+            failures += row["bad"]
+            print("".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)), fraction_of_floor(row),
+                  "  FAILED" if row["bad"] else "", flush=True)  # fmt: skip
+    if "sm_100" in args.target:
+        print(
+            "sm_100: the tensor-core instructions do not name their shape, so that products are not counted ('-'); the"
+        )
+        print("compiler keeps more than one copy of the loop's body, so that exp and other may be counted twice.")
+    print("Registers, spills, shared memory, mnemonics and counts are read from the machine code; the floor column is")
+    print("derived from them and published rates. Nothing ran on a GPU.")
+    print(f"{len(tasks)} kernels, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Time and memory of the contrastive losses: ours, the naive loss, torch.compile of it, and other libraries' formulas.
+
+    python benchmarks/loss.py                         2N = 512 ... 8192 and MoCo's 256 x 65,536, d = 128
+    python benchmarks/loss.py --large                 2N = 2048 ... 65,536, ours only: the memory table
+    python benchmarks/loss.py --device cuda --dtype float16
+
+Forward and backward, median of interleaved runs in random order; memory is the peak beyond the inputs, each measured
+in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operations, or 2 x 2 N K d) over the time,
+against this machine's own large matrix product, timed in between. The formulas of other libraries are written here from
+their papers and documents, under their names. Prints a table and writes a CSV (--csv).
+"""
+
+import argparse
+import csv
+import multiprocessing
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import blocked, info_nce, nt_xent  # noqa: F401  blocked now, so that memory leaves out its loading
+
+
+def naive(z1, z2, t=0.5):
+    n, z = len(z1), F.normalize(torch.cat([z1, z2]), dim=1)
+    s = (z @ z.T / t).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(s, (torch.arange(2 * n, device=z.device) + n) % (2 * n))
+
+
+def lightly(z1, z2, t=0.5):
+    """Lightly's way: four N x N blocks, the diagonals removed by a boolean index, one cross-entropy over the rest."""
+    n, (z1, z2) = len(z1), (F.normalize(z1, dim=1), F.normalize(z2, dim=1))
+    off = ~torch.eye(n, dtype=torch.bool, device=z1.device)
+    s00, s01, s10, s11 = (torch.einsum("nc,mc->nm", a, b) / t for a, b in ((z1, z1), (z1, z2), (z2, z1), (z2, z2)))
+    s00, s11 = s00[off].view(n, -1), s11[off].view(n, -1)
+    logits = torch.cat([torch.cat([s01, s00], 1), torch.cat([s10, s11], 1)], 0)
+    return F.cross_entropy(logits, torch.arange(n, device=z1.device).repeat(2))
+
+
+def supcontrast(z1, z2, t=0.5):
+    """SupContrast's way: shift by the row maximum, a positive mask and a logits mask of the full size."""
+    n, z = len(z1), torch.cat([F.normalize(z1, dim=1), F.normalize(z2, dim=1)])
+    s = z @ z.T / t
+    s = s - s.max(1, keepdim=True).values.detach()
+    others = 1 - torch.eye(2 * n, device=z.device)
+    positive = torch.eye(n, device=z.device).repeat(2, 2) * others
+    log_p = s - (s.exp() * others).sum(1, keepdim=True).log()
+    return -((positive * log_p).sum(1) / positive.sum(1)).mean()
+
+
+def solo_learn(z1, z2, t=0.5):
+    """solo-learn's way: exponentiate, one mask of positives and one of negatives, and the log of the ratio."""
+    n, z = len(z1), F.normalize(torch.cat([z1, z2]), dim=1)
+    e = torch.exp(torch.einsum("if,jf->ij", z, z) / t)
+    ids = torch.arange(n, device=z.device).repeat(2)
+    positive = (ids[:, None] == ids).float()
+    positive.fill_diagonal_(0)
+    negative = (ids[:, None] != ids).float()
+    p = (e * positive).sum(1)
+    return -torch.log(p / (p + (e * negative).sum(1))).mean()
+
+
+def naive_moco(q, k, queue, t=0.2):
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)  # the queue holds unit rows
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / t
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def compiled(function):
+    return torch.compile(function, dynamic=False)
+
+
+NT_XENT = {
+    "ours": nt_xent, "naive": naive, "compile(naive)": compiled(naive), "lightly": lightly, "SupContrast": supcontrast,
+    "solo-learn": solo_learn,
+}  # fmt: skip
+MOCO = {
+    "ours": lambda q, k, queue: info_nce(q, k, queue), "naive": naive_moco, "compile(naive)": compiled(naive_moco)
+}  # fmt: skip
+
+
+def inputs(problem, size, d, device, dtype):
+    torch.manual_seed(0)
+    if problem == "nt_xent":
+        return [torch.randn(size // 2, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
+    q = torch.randn(256, d, device=device, dtype=dtype, requires_grad=True)
+    queue = F.normalize(torch.randn(size, d, device=device, dtype=dtype), dim=1)
+    return [q, torch.randn(256, d, device=device, dtype=dtype), queue]
+
+
+def step(function, arguments):
+    function(*arguments).backward()
+    for x in arguments:
+        x.grad = None
+    if arguments[0].is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak_memory(problem, name, size, d, device, dtype):
+    """Return the bytes beyond the inputs that one step takes, after a small step has loaded the libraries."""
+    function = (NT_XENT if problem == "nt_xent" else MOCO)[name]
+    arguments = inputs(problem, size, d, device, dtype)
+    small = [x[:40].detach().requires_grad_(x.requires_grad) for x in arguments]
+    if name.startswith("compile"):
+        small = arguments  # the step that compiles must not be the one measured
+    if device == "cuda":
+        step(function, small)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(function, arguments)
+        return torch.cuda.max_memory_allocated() - before
+    torch.mm(torch.randn(600, 600), torch.randn(600, 600))
+    step(function, small)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    step(function, arguments)
+    return _status("VmHWM") - before
+
+
+def _status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def in_process(*arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, arguments)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--d", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="2N")
+    parser.add_argument("--queue", type=int, nargs="*", default=[65536], help="MoCo's K at N = 256")
+    parser.add_argument("--large", action="store_true", help="ours alone, at 2N up to 65,536")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--csv", default="loss.csv")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    sizes, queue = ([2048 * 2**i for i in range(6)], []) if args.large else (args.sizes, args.queue)
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.dtype}, d = {args.d}")
+    print(f"{'problem':8} {'size':>6} {'loss':15} {'ms':>9} {'x ours':>7} {'extra MB':>9} {'efficiency':>10}")
+    rows, big = [], [torch.randn(4096, 4096, device=args.device, dtype=dtype) for _ in range(3)]
+    for problem, size in [("nt_xent", m) for m in sizes] + [("info_nce", k) for k in queue]:
+        functions = dict(NT_XENT if problem == "nt_xent" else MOCO)
+        if args.large:
+            functions = {"ours": functions["ours"]}
+        arguments = inputs(problem, size, args.d, args.device, dtype)
+        product = lambda: (torch.mm(big[0], big[1], out=big[2]), big[2][0, 0].item())  # noqa: E731
+        work = {name: (lambda f=f, a=arguments: step(f, a)) for name, f in functions.items()} | {"product": product}
+        times = {name: [] for name in work}
+        for run in range(args.runs * (5 if size <= 1024 else 1) + 1):  # the first warms up, and compiles
+            for name in random.Random(run).sample(list(work), len(work)):
+                if name != "product" or run <= args.runs:
+                    took = seconds(work[name])
+                    times[name] += [took] if run else []
+        median = {name: statistics.median(each) for name, each in times.items()}
+        rate = 2 * 4096**3 / median.pop("product")
+        operations = 4 * args.d * (size * size if problem == "nt_xent" else 256 * size)
+        for name, took in median.items():
+            shape = problem, name, size, args.d, args.device, dtype
+            memory = None if args.no_memory else in_process(*shape)
+            rows.append([problem, size, name, took * 1e3, took / median["ours"], memory, operations / took / rate])
+            shown = "-" if memory is None else f"{memory / 1e6:.1f}"
+            print(f"{problem:8} {size:6} {name:15} {took * 1e3:9.2f} {took / median['ours']:7.2f} {shown:>9} "
+                  f"{operations / took / rate:10.2f}", flush=True)  # fmt: skip
+    with open(args.csv, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["problem", "size", "loss", "ms", "times_ours", "extra_bytes", "efficiency"])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

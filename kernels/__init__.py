@@ -1,0 +1,157 @@
+"""Contrastive losses that never build the similarity matrix.
+
+    nt_xent            SimCLR          l_i = lse_i - z_i . z_pos(i) / t           lse over the other 2N - 1 views
+    info_nce           MoCo            l_i = logaddexp(s_i+, lse_i) - s_i+        lse over the queue
+    sup_con (out)      SupCon, L_out   l_i = lse_i - z_i . mean of its positives / t
+    sup_con (in)       SupCon, L_in    l_i = lse_i - lse over its positives + log |P(i)|
+    cosine_logsumexp   the lse_i of all of them
+
+z normalised, t the temperature. On a GPU the log-sum-exp is a fused Triton kernel, on a CPU the same algorithm over
+tiles in plain PyTorch; memory grows with M d, not with M^2. Inputs need not be normalised or contiguous; they are
+float32, float16, bfloat16 or (not with Triton on a GPU) float64. The result is float32, or float64 for float64 inputs,
+and repeats to the bit. The folder works when copied alone: it needs torch, and triton for CUDA tensors.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .logsumexp import LogSumExp, PositiveMean, UnitRows, resolve_backend, row_dtype, several
+
+__all__ = ["cosine_logsumexp", "info_nce", "nt_xent", "resolve_backend", "sup_con"]
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, backend: str = "auto", group=None) -> Tensor:
+    """Mean over the 2N views of SimCLR's loss (Chen et al. 2020, arXiv:2002.05709, equation 1).
+
+    z1, z2: (N, d), the two views; row i of one is the positive of row i of the other. `group`: a process group; the
+    negatives are then the views of all its processes (which pass equal shapes), the value is the mean over this
+    process's 2N anchors, and the gradient is that of the sum of all processes' values, so that DDP's average is exact.
+    Raises ValueError for shapes, dtypes, devices, a temperature or a backend that do not fit; RuntimeError when
+    differentiated twice.
+    """
+    _check_rows("z1", z1, "z2", z2, same=True)
+    both = torch.cat([z1, z2])
+    call = _Call(both, len(both), temperature, backend, group)
+    z = call.unit(both)
+    if call.backend == "naive":  # for batches so small that every operation counts
+        return F.cross_entropy(call.similarities(z), torch.arange(len(z), device=z.device).roll(len(z1)))
+    positive = (z[: len(z1)] * z[len(z1) :]).sum(1) * call.scale
+    return (call.logsumexp(z) - positive.repeat(2)).mean()
+
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor = 0.2, *, backend: str = "auto"
+) -> Tensor:
+    """Mean over the N queries of MoCo's loss (He et al. 2020, arXiv:1911.05722, equation 1).
+
+    q, k: (N, d), row i of k the positive key of row i of q; queue: (K, d), the negatives. Neither k nor queue receives
+    a gradient. Raises as `nt_xent` does.
+    """
+    _check_rows("q", q, "k", k, same=True)
+    _check_rows("q", q, "queue", queue)
+    call = _Call(q, len(queue), temperature, backend)
+    z = call.unit(q)
+    positive = (z * call.unit(k.detach())).sum(1) * call.scale
+    lse = call.logsumexp(z, queue.detach())
+    return -F.logsigmoid(positive - lse).mean()  # logaddexp(positive, lse) - positive, without the cancellation
+
+
+def sup_con(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    loss: str = "out",
+    backend: str = "auto",
+    group=None,
+) -> Tensor:
+    """Mean over the M anchors of the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362).
+
+    z: (M, d); labels: (M,) integers; the positives of an anchor are the other rows with its label. loss="out" is
+    equation 2 (the mean over positives outside the logarithm), "in" equation 3. An anchor without positives adds 0.
+    `group`, and what is raised: as for `nt_xent`.
+    """
+    _check_rows("z", z)
+    if labels.shape != z.shape[:1] or labels.is_floating_point() or labels.device != z.device:
+        raise ValueError(
+            f"labels must be integers (M,) on {z.device} for z {tuple(z.shape)}, "
+            f"got {labels.dtype} {tuple(labels.shape)} on {labels.device}"
+        )
+    if loss not in ("out", "in"):
+        raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
+    call = _Call(z, len(z), temperature, backend, group)
+    z = call.unit(z)
+    lse = call.logsumexp(z)
+    positives, count = PositiveMean.apply(z, labels.long(), call.group)
+    each = lse - (positives * call.scale if loss == "out" else call.logsumexp(z, labels=labels) - count.log())
+    return torch.where(count > 0, each, 0).mean()
+
+
+def cosine_logsumexp(
+    queries: Tensor, keys: Tensor | None = None, *, temperature: float | Tensor, backend: str = "auto", group=None
+) -> Tensor:
+    """Log of the sum over the keys j of exp(cos(q_i, k_j) / temperature), (M,).
+
+    queries: (M, d); keys: (K, d), or None for the queries themselves without the pair of a row with itself (M = 1
+    then gives -inf). A row shorter than 1e-12 is divided by 1e-12. `group`, and what is raised: as for `nt_xent`.
+    A temperature that is a tensor receives a gradient; one on a GPU is not checked, since that would synchronise.
+    """
+    _check_rows("queries", queries, "keys", keys)
+    call = _Call(queries, len(queries if keys is None else keys), temperature, backend, group)
+    return call.logsumexp(call.unit(queries), keys)
+
+
+class _Call:
+    """What one call of a loss settles once: scale = 1 / temperature, group, backend, dtype of the products."""
+
+    def __init__(self, x, columns, temperature, backend, group=None):
+        if not isinstance(temperature, Tensor):
+            if not 0 < temperature < float("inf"):
+                raise ValueError(f"temperature must be a positive number, got {temperature}")
+            self.scale = torch.tensor(1 / temperature, dtype=torch.float64)
+        else:
+            if temperature.numel() != 1 or not temperature.is_floating_point():
+                raise ValueError(
+                    f"temperature must be a number or a float tensor of one element, got {temperature.dtype} "
+                    f"{tuple(temperature.shape)} for rows {tuple(x.shape)}"
+                )
+            if not temperature.is_cuda and not torch.compiler.is_compiling() and not temperature.item() > 0:
+                raise ValueError(f"temperature must be positive, got {temperature.item()}")
+            self.scale = temperature.reshape(()).to(torch.promote_types(torch.float32, temperature.dtype)).reciprocal()
+        self.group = group if several(group) else None
+        self.backend = resolve_backend(backend, len(x), columns, x.device, x.dtype, self.group)
+        self.dtype = row_dtype(x, self.backend)
+
+    def unit(self, x):
+        """Rows of length 1 in float32 or float64, rounded to what the products take."""
+        if self.backend == "naive":
+            return F.normalize(x.to(self.dtype), dim=1)
+        return UnitRows.apply(x, self.dtype, self.backend)
+
+    def logsumexp(self, z, keys=None, labels=None):
+        """Over keys of any length, or over the other rows of z: all, or those of the same label."""
+        if self.backend != "naive":
+            keys = self.unit(keys) if keys is not None and keys.requires_grad else keys
+            return LogSumExp.apply(z, keys, self.scale, labels, self.dtype, self.backend, self.group)
+        return self.similarities(z, keys, labels).logsumexp(dim=1)
+
+    def similarities(self, z, keys=None, labels=None):
+        """The whole matrix (M, K), -inf where the sum leaves a key out."""
+        with torch.autocast(z.device.type, enabled=False):
+            s = z @ (z if keys is None else self.unit(keys)).T * self.scale
+            if keys is None:
+                s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+            return s if labels is None else s.masked_fill(labels[:, None] != labels, -torch.inf)
+
+
+def _check_rows(name, x, other_name="", other=None, same=False):
+    for label, each in ((name, x), (other_name, x if other is None else other)):
+        if each.ndim != 2 or 0 in each.shape or not each.is_floating_point():
+            shapes = tuple(x.shape) if other is None else f"{tuple(x.shape)} and {tuple(other.shape)}"
+            raise ValueError(f"{label} must be a float matrix with at least one row, got {each.dtype}, shape {shapes}")
+    if other is not None and (x.shape[same ^ 1 :] != other.shape[same ^ 1 :] or x.device != other.device):
+        raise ValueError(
+            f"{name} and {other_name} must have one {'shape' if same else 'width'} and device, "
+            f"got {tuple(x.shape)} and {tuple(other.shape)}, {x.device} and {other.device}"
+        )

@@ -1,0 +1,449 @@
+"""The fused losses on a CPU, against the losses written out in float64 as in the papers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels import cosine_logsumexp, info_nce, nt_xent, resolve_backend, sup_con
+
+ROOT = Path(__file__).resolve().parent.parent
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+# The losses as the papers write them, with the whole matrix.
+
+
+def naive_nt_xent(z1, z2, t):
+    n, z = len(z1), F.normalize(torch.cat([z1, z2]), dim=1)
+    s = (z @ z.T / t).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)  # (2N, 2N)
+    return F.cross_entropy(s, (torch.arange(2 * n) + n) % (2 * n))
+
+
+def naive_info_nce(q, k, queue, t):
+    q, k, queue = F.normalize(q, dim=1), F.normalize(k.detach(), dim=1), F.normalize(queue.detach(), dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / t  # (N, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
+def naive_sup_con(z, labels, t, loss="out"):
+    s = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / t
+    itself = torch.eye(len(z), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & ~itself
+    kept = positive.any(1)  # the other anchors add 0
+    lse = s.masked_fill(itself, -torch.inf)[kept].logsumexp(1)
+    s, positive = s[kept], positive[kept]
+    if loss == "out":
+        each = lse - s.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+    else:
+        each = lse - s.masked_fill(~positive, -torch.inf).logsumexp(1) + positive.sum(1).to(s).log()
+    return each.sum() / len(z)
+
+
+def naive_logsumexp(queries, keys, t):
+    s = F.normalize(queries, dim=1) @ F.normalize(queries if keys is None else keys, dim=1).T / t
+    if keys is None:
+        s = s.masked_fill(torch.eye(len(s), dtype=torch.bool), -torch.inf)
+    return s.logsumexp(1)
+
+
+def gradients(function, *inputs, dtype=torch.float64, weight=None):
+    """Return the value and the gradients of function at the inputs in dtype; 0 for an input it does not depend on."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    value = function(*inputs)
+    total = value.sum() if weight is None else (value * weight.to(value)).sum()
+    found = torch.autograd.grad(total, inputs, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))]
+
+
+def error(value, reference):
+    return (value.double() - reference).norm().item()
+
+
+def assert_close(function, naive, inputs, dtype=torch.float32, bound=1e-5, temperature=1.0, weight=None, ulps=4):
+    """Value and gradients err at most `bound` relatively where the naive loss does, else twice what that errs.
+
+    How the naive loss rounds is a matter of luck: it is drawn twice, with the columns reversed the second time. Where
+    the result vanishes (identical or opposite rows, one pair), it is what rounding leaves of terms of the size
+    1 / temperature, and the naive loss may leave exactly nothing: `ulps` units in the last place of those are allowed.
+    """
+    exact = gradients(naive, *inputs, weight=weight)
+    ours = gradients(function, *inputs, dtype=dtype, weight=weight)
+    theirs = gradients(naive, *inputs, dtype=dtype, weight=weight)
+    flipped = gradients(naive, *(x.flip(-1) if x.ndim else x for x in inputs), dtype=dtype, weight=weight)
+    share = 1 if ours[0].ndim else 1 / len(inputs[0])  # of a row in the sum that is differentiated
+    for index, (a, b, c, reference) in enumerate(zip(ours, theirs, flipped, exact, strict=True)):
+        assert torch.isfinite(a).all() or not torch.isfinite(reference).all()
+        terms = len(inputs[0]) ** 0.5 * share / temperature
+        if index and a.ndim:  # times the length of its row: rows of different lengths have gradients of different sizes
+            lengths = inputs[index - 1].double().norm(dim=1, keepdim=True).clamp_min(1e-12)
+            a, b, c, reference = (x.double() * lengths for x in (a, b, c.flip(-1), reference))
+        elif not a.ndim:
+            terms = 1 / temperature if index == 0 else 1 / temperature**2
+        limit, usual = bound * reference.norm().item(), max(error(b, reference), error(c, reference))
+        limit = max(limit if usual <= limit else 2 * usual, ulps * torch.finfo(dtype).eps * terms)
+        assert error(a, reference) <= limit, (index, error(a, reference), limit, usual, reference.norm())
+
+
+def losses(backend, labels, k=None, queue=None):
+    """Return name -> (ours, naive, number of matrices it takes) of two arguments z1, z2 of one shape and t."""
+    return {
+        "nt_xent": (lambda a, b, t: nt_xent(a, b, t, backend=backend), naive_nt_xent),
+        "info_nce": (lambda a, b, t: info_nce(a, b, b, t, backend=backend), lambda a, b, t: naive_info_nce(a, b, b, t)),
+        "sup_con out": (
+            lambda a, b, t: sup_con(torch.cat([a, b]), labels, t, backend=backend),
+            lambda a, b, t: naive_sup_con(torch.cat([a, b]), labels, t),
+        ),
+        "sup_con in": (
+            lambda a, b, t: sup_con(torch.cat([a, b]), labels, t, loss="in", backend=backend),
+            lambda a, b, t: naive_sup_con(torch.cat([a, b]), labels, t, "in"),
+        ),
+        "rectangular": (
+            lambda a, b, t: cosine_logsumexp(a, b, temperature=t, backend=backend),
+            naive_logsumexp,
+        ),
+    }
+
+
+NAMES = list(losses("auto", None))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("m, d, t", [(1, 1, 0.5), (3, 5, 0.1), (129, 96, 0.07), (300, 128, 0.5), (65, 700, 0.01)])
+def test_equals_the_paper_in_float64(backend, name, m, d, t):
+    torch.manual_seed(m)
+    z1, z2, labels = torch.randn(m, d), torch.randn(m, d), torch.randint(0, m, (2 * m,))
+    ours, naive = losses(backend, labels)[name]
+    assert_close(ours, naive, [z1, z2, torch.tensor(t)], torch.float64, bound=1e-10, temperature=t)
+
+
+SIZES = st.one_of(st.sampled_from([1, 2, 3, 127, 128, 129, 257]), st.integers(1, 300))
+WIDTHS = st.one_of(st.sampled_from([1, 3, 96, 127, 128, 129, 257, 700]), st.integers(1, 700))
+SHAPES = ["random", "identical", "opposite", "tiny", "huge", "mixed", "zero row", "clustered"]
+
+
+def adversarial(shape, z):
+    if shape == "identical":
+        z = z[:1].expand_as(z) * 1
+    elif shape == "opposite":
+        z = z[:1] * torch.tensor([1.0, -1.0])[torch.arange(len(z)) % 2, None]
+    elif shape == "tiny":
+        z = z * 1e-9
+    elif shape == "huge":
+        z = z * 1e15
+    elif shape == "mixed":
+        z = z * torch.logspace(-6, 6, len(z))[:, None]
+    elif shape == "zero row":
+        z = torch.cat([z[:-1], z[:1] * 0])
+    elif shape == "clustered":
+        z = z[torch.arange(len(z)) % 3 % len(z)] + 1e-3 * z
+    return z
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    m=SIZES,
+    d=WIDTHS,
+    t=st.sampled_from([0.001, 0.01, 0.0155, 0.0157, 0.07, 0.5, 10.0]),
+    shape=st.sampled_from(SHAPES),
+    seed=st.integers(0, 1000),
+)
+def test_float32_errs_no_more_than_the_naive_loss(name, m, d, t, shape, seed):
+    torch.manual_seed(seed)
+    z1, z2 = adversarial(shape, torch.randn(2 * m, d)).chunk(2)
+    ours, naive = losses("blocked", torch.randint(0, 1 + m // 2, (2 * m,)))[name]
+    # The sum over 2m identical rows, which cancels against the positives, is rounded the same way at each step.
+    ulps = 4 + (2 * m) ** 0.5 * (shape == "identical")
+    assert_close(lambda a, b: ours(a, b, t), lambda a, b: naive(a, b, t), [z1, z2], temperature=t, ulps=ulps)
+
+
+@pytest.mark.parametrize("m, k", [(1, 1), (1, 600), (257, 3), (600, 1500), (3, 2049)])
+@pytest.mark.parametrize("t", [0.002, 0.2])
+def test_rectangular_shapes_and_uneven_gradients(m, k, t):
+    torch.manual_seed(0)
+    q, keys, weight = torch.randn(m, 40), torch.randn(k, 40), torch.rand(m)
+    for kept in (lambda x: x, lambda x: x.detach()):  # with and without a gradient to the keys
+        assert_close(
+            lambda q, keys, f=kept: cosine_logsumexp(q, f(keys), temperature=t, backend="blocked"),
+            lambda q, keys, f=kept: naive_logsumexp(q, f(keys), t),
+            [q, keys],
+            temperature=t,
+            weight=weight,
+        )
+
+
+@pytest.mark.parametrize("m", [1, 2, 513, 2700])
+@pytest.mark.parametrize("t", [0.002, 0.2])
+def test_self_similarity_with_uneven_gradients(m, t):
+    torch.manual_seed(0)
+    z, weight = torch.randn(m, 40), torch.rand(m)
+    value = cosine_logsumexp(z, temperature=t, backend="blocked")
+    if m == 1:
+        assert value.item() == -torch.inf  # the sum over no column
+        return
+    assert_close(
+        lambda z: cosine_logsumexp(z, temperature=t, backend="blocked"),
+        lambda z: naive_logsumexp(z, None, t),
+        [z],
+        temperature=t,
+        weight=weight,
+    )
+
+
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+def test_closed_forms(backend):
+    z = torch.randn(1, 16).expand(12, 16)
+    value = nt_xent(z[:6], z[:6] * 3, 0.1, backend=backend)
+    torch.testing.assert_close(value, torch.tensor(11.0).log())  # identical rows: log(2N - 1)
+    assert nt_xent(z[:1], -z[:1], 0.1, backend=backend).abs() < 1e-5  # one pair has no negatives
+    value = info_nce(z, z, z[:7], 0.1, backend=backend)
+    torch.testing.assert_close(value, torch.tensor(8.0).log())
+    labels = torch.arange(6).repeat(2)  # unique labels, two views each: SupCon is NT-Xent
+    z1, z2 = torch.randn(2, 6, 16)
+    for loss in ("out", "in"):
+        value = sup_con(torch.cat([z1, z2]), labels, 0.3, loss=loss, backend=backend)
+        torch.testing.assert_close(value, nt_xent(z1, z2, 0.3, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+@pytest.mark.parametrize("loss", ["out", "in"])
+def test_anchors_without_positives_add_nothing(backend, loss):
+    z = torch.randn(5, 8, requires_grad=True)
+    value = sup_con(z, torch.arange(5), loss=loss, backend=backend)
+    value.backward()
+    assert value == 0 and torch.equal(z.grad, torch.zeros_like(z))
+    z = torch.randn(5, 8, requires_grad=True)
+    sup_con(z, torch.tensor([7, -3, 7, 10**12, 9]), loss=loss, backend=backend).backward()
+    assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("t", [0.3, torch.tensor(0.3, requires_grad=True)])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(name, t):
+    torch.manual_seed(0)
+    z1, z2 = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ours, _ = losses("blocked", torch.tensor([0, 1, 2, 0, 0, 1, 3, 4, 1, 5]))[name]
+    if isinstance(t, torch.Tensor):
+        t = t.detach().double().requires_grad_()
+    if name == "info_nce":
+        z2 = z2.detach()
+    assert torch.autograd.gradcheck(lambda a, b, t: ours(a, b, t), (z1, z2, t))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repeats_to_the_bit(name):
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(400, 64), torch.randn(400, 64), torch.randint(0, 20, (800,))
+    ours, _ = losses("blocked", labels)[name]
+    first = gradients(ours, z1, z2, torch.tensor(0.1), dtype=torch.float32)
+    for _ in range(49):
+        again = gradients(ours, z1, z2, torch.tensor(0.1), dtype=torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_strided_inputs_and_partial_requires_grad():
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(96, 130).T, torch.randn(130, 192)[:, ::2]
+    plain = nt_xent(z1.contiguous(), z2.contiguous(), backend="blocked")
+    torch.testing.assert_close(nt_xent(z1, z2, backend="blocked"), plain)
+    for needs in ((True, False), (False, True)):
+        inputs = [z.clone().requires_grad_(n) for z, n in zip((z1, z2), needs, strict=True)]
+        nt_xent(*inputs, backend="blocked").backward()
+        both = gradients(lambda a, b: nt_xent(a, b, backend="blocked"), z1, z2, dtype=torch.float32)
+        for z, gradient in zip(inputs, both[1:], strict=True):
+            if z.grad is not None:
+                torch.testing.assert_close(z.grad, gradient)
+
+
+def test_neither_key_nor_queue_receives_a_gradient():
+    q, k, queue = (torch.randn(6, 8, requires_grad=True) for _ in range(3))
+    info_nce(q, k, queue, backend="blocked").backward()
+    assert q.grad is not None and k.grad is None and queue.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_inputs(name, dtype):
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(60, 64), torch.randn(60, 64), torch.randint(0, 20, (120,))
+    z1, z2 = z1.to(dtype).float(), z2.to(dtype).float()
+    ours, naive = losses("blocked", labels)[name]
+    value, *found = gradients(lambda a, b: ours(a, b, 0.2), z1, z2, dtype=dtype)
+    exact, *reference = gradients(lambda a, b: naive(a, b, 0.2), z1, z2)
+    assert (
+        value.dtype == torch.float32 and error(value, exact) < 1e-5
+    )  # only the gradient is rounded to the input's type
+    for a, b in zip(found, reference, strict=True):
+        assert a.dtype == dtype and error(a, b) <= torch.finfo(dtype).eps * b.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(300, 64), torch.randn(300, 64), torch.randint(0, 20, (600,))
+    ours, _ = losses("blocked", labels)[name]
+
+    plain = gradients(lambda a, b: ours(a, b, 0.2), z1, z2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):  # the backward pass as well
+        cast = gradients(lambda a, b: ours(a, b, 0.2), z1, z2, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_a_graph_break(name):
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(40, 16), torch.randn(40, 16), torch.randint(0, 20, (80,))
+    ours, _ = losses("blocked", labels)[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: ours(a * 2, b * 2, 0.2), fullgraph=True, backend="aot_eager")
+    plain = gradients(lambda a, b: ours(a * 2, b * 2, 0.2), z1, z2, dtype=torch.float32)
+    for a, b in zip(gradients(compiled, z1, z2, dtype=torch.float32), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_operators_pass_opcheck():
+    operators = torch.ops.contrastive
+    z, k, scale = F.normalize(torch.randn(6, 4)), F.normalize(torch.randn(9, 4)), torch.tensor(5.0)
+    labels = torch.tensor([0, 0, 1, 1, 2, 0])
+    m, total, _ = operators.forward(z, None, scale, 0, None, None, False, "blocked")
+    cases = [
+        (operators.unit_rows, (z, torch.float32, "blocked")),
+        (operators.unit_rows_backward, (z, z, total, torch.float32, "blocked")),
+        (operators.forward, (z, None, scale, 0, None, None, False, "blocked")),
+        (operators.forward, (z, None, scale, 0, labels, labels, False, "blocked")),
+        (operators.forward, (z, k, scale, -1, None, None, True, "blocked")),
+        (operators.backward, (z, None, scale, 0, None, None, m, total, m, total, "blocked")),
+        (
+            operators.backward,
+            (z, k, scale * 99, -1, None, None, m + 500, total, torch.full((9,), torch.inf), torch.zeros(9), "blocked"),
+        ),
+    ]
+    for operator, arguments in cases:
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_gradient_checkpointing():
+    z1, z2 = torch.randn(30, 8), torch.randn(30, 8)
+    plain = gradients(lambda a, b: nt_xent(a, b, backend="blocked"), z1, z2)
+    again = gradients(
+        lambda a, b: torch.utils.checkpoint.checkpoint(nt_xent, a, b, backend="blocked", use_reentrant=False), z1, z2
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_differentiating_twice_raises():
+    z = torch.randn(6, 4, requires_grad=True)
+    value = cosine_logsumexp(z, temperature=0.5, backend="blocked").sum()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(value, z, create_graph=True)
+
+
+def test_bad_input_is_named():
+    z = torch.randn(6, 4)
+    cases = [
+        (lambda: nt_xent(z, z[:5]), r"\(6, 4\) and \(5, 4\)"),
+        (lambda: nt_xent(z, z[:, :3]), r"\(6, 4\).*\(6, 3\)"),
+        (lambda: nt_xent(z[0], z[0]), r"\(4,\) and \(4,\)"),
+        (lambda: nt_xent(z[:0], z[:0]), r"\(0, 4\) and \(0, 4\)"),
+        (lambda: nt_xent(z.long(), z.long()), "int64"),
+        (lambda: nt_xent(z, z.to("meta")), "cpu.*meta"),
+        (lambda: nt_xent(z, z, 0.0), "temperature"),
+        (lambda: nt_xent(z, z, -1), "temperature"),
+        (lambda: nt_xent(z, z, float("nan")), "temperature"),
+        (lambda: nt_xent(z, z, torch.tensor(-0.5)), "temperature"),
+        (lambda: nt_xent(z, z, torch.ones(2)), r"temperature.*\(2,\)"),
+        (lambda: nt_xent(z, z, backend="cuda"), "backend must be"),
+        (lambda: info_nce(z, z, torch.randn(7, 3)), r"\(6, 4\).*\(7, 3\)"),
+        (lambda: info_nce(z, z[:5], z), r"\(6, 4\) and \(5, 4\)"),
+        (lambda: sup_con(z, torch.arange(5)), r"\(6, 4\).*\(5,\)"),
+        (lambda: sup_con(z, torch.rand(6)), "float32"),
+        (lambda: sup_con(z, torch.arange(6), loss="both"), "loss must be"),
+        (lambda: cosine_logsumexp(z, z[:, :3], temperature=1.0), r"\(6, 4\).*\(6, 3\)"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="on a GPU"):
+            nt_xent(z, z, backend="triton")
+
+
+def test_auto_takes_the_naive_loss_for_small_batches_on_a_cpu():
+    assert resolve_backend("auto", 256, 256, "cpu", torch.float32) == "naive"
+    assert resolve_backend("auto", 8192, 8192, "cpu", torch.float32) == "blocked"
+    assert resolve_backend("auto", 8192, 8192, "cuda", torch.float64) == "blocked"
+
+
+def test_folder_works_alone_and_does_not_load_the_triton_kernels(tmp_path):
+    copy = subprocess.run(["cp", "-r", str(ROOT / "kernels"), str(tmp_path)], check=True)
+    assert copy.returncode == 0
+    code = (
+        "import sys, torch; from kernels import nt_xent; z = torch.randn(600, 8, requires_grad=True);"
+        "nt_xent(z, z.flip(0)).backward(); assert 'kernels.fused' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
+def test_memory_grows_linearly():
+    code = (
+        "import resource, sys, torch; from kernels import nt_xent; torch.set_num_threads(1);"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "z = torch.randn(2 * 256, 64, requires_grad=True); nt_xent(*z.chunk(2), backend='blocked').backward();"
+        "z = torch.randn(16384, 64, requires_grad=True); before = peak();"
+        "nt_xent(*z.chunk(2), backend='blocked').backward(); print(peak() - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert int(out) < 100 * 1024  # KB; the matrix alone would take 1024 MB
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "m, d, t", [(1, 1, 0.5), (129, 96, 0.07), (1000, 128, 0.001), (300, 512, 0.1), (300, 700, 0.1)]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_triton_on_a_gpu(name, m, d, t, dtype):
+    torch.manual_seed(0)
+    z1, z2, labels = (
+        torch.randn(m, d).to(dtype).float(),
+        torch.randn(m, d).to(dtype).float(),
+        torch.randint(0, m, (2 * m,)),
+    )
+    ours, _ = losses("triton", labels.cuda())[name]
+    _, naive = losses("triton", labels)[name]
+    found = gradients(lambda a, b: ours(a, b, t), z1.cuda(), z2.cuda(), dtype=dtype)
+    for _ in range(49):  # bitwise repeatable
+        again = gradients(lambda a, b: ours(a, b, t), z1.cuda(), z2.cuda(), dtype=dtype)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    bound = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(torch.float16).eps
+    exact = gradients(lambda a, b: naive(a, b, t), z1, z2)
+    limit = max(bound, 16 * torch.finfo(torch.float16 if dtype != torch.float32 else dtype).eps / t)
+    for a, b in zip(found, exact, strict=True):
+        extra = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+        assert error(a.cpu(), b) <= (limit + extra) * max(b.norm().item(), 1e-3 / t)
+
+
+@gpu
+@needs_gpu
+def test_triton_memory_and_streams_on_a_gpu():
+    z = torch.randn(65536, 128, device="cuda", dtype=torch.float16, requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nt_xent(*z.chunk(2), 0.1).backward()
+    assert torch.cuda.max_memory_allocated() - before < 400e6  # the matrix alone would take 8.6 GB
+    compiled = torch.compile(lambda a, b: nt_xent(a, b, 0.1), fullgraph=True)
+    a, b = z.detach()[:512].chunk(2)
+    torch.testing.assert_close(compiled(a, b), nt_xent(a, b, 0.1))

@@ -1,0 +1,84 @@
+"""Several processes against one process on the concatenated batch (gloo): loss and gradients."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kernels import cosine_logsumexp, nt_xent, sup_con
+
+N, D = 24, 20  # pairs in all, width
+
+
+def batch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = torch.randn(2, N, D, generator=generator, dtype=torch.float64).to(dtype)
+    return z1, z2, torch.randint(0, 6, (N,), generator=generator)
+
+
+def cases(group, t):
+    """Return name -> function of (z1, z2, labels): the value of this process's anchors."""
+    return {
+        "nt_xent": lambda a, b, y: nt_xent(a, b, t, group=group, backend="blocked"),
+        "sup_con out": lambda a, b, y: sup_con(torch.cat([a, b]), y.repeat(2), t, group=group, backend="blocked"),
+        "sup_con in": lambda a, b, y: sup_con(
+            torch.cat([a, b]), y.repeat(2), t, loss="in", group=group, backend="blocked"
+        ),
+        "rectangular": lambda a, b, y: cosine_logsumexp(a, b, temperature=t, group=group, backend="blocked").mean(),
+    }
+
+
+def run(rank, processes, port_file, results):
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=processes)
+    torch.set_num_threads(1)
+    own = slice(rank * N // processes, (rank + 1) * N // processes)
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        for t in (0.2, 0.005):  # without and with a running maximum
+            for name, function in cases(dist.group.WORLD, t).items():
+                z1, z2, labels = (x[own] for x in batch(dtype))
+                a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+                value = function(a, b, labels)
+                (value * (rank + 1)).backward()  # uneven upstream gradients
+                found[name, dtype, t] = value.detach(), a.grad, b.grad
+    torch.save(found, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_equal_one_process(processes, tmp_path):
+    mp.spawn(run, (processes, str(tmp_path / "store"), str(tmp_path)), nprocs=processes)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    for name, dtype, t in found[0]:
+        # One process, all anchors; the weights are those of the processes' values in their sum.
+        z1, z2, labels = batch(dtype)
+        a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+        share = N // processes
+        total = 0
+        for rank in range(processes):
+            value = one_process(name, a, b, labels, t, slice(rank * share, (rank + 1) * share))
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+            assert (found[rank][name, dtype, t][0] - value).abs() <= tolerance * value.abs().clamp_min(1), (name, t)
+            total = total + (rank + 1) * value
+        total.backward()
+        for index, whole in ((1, a.grad), (2, b.grad)):
+            parts = torch.cat([each[name, dtype, t][index] for each in found])
+            assert (parts - whole).norm() <= tolerance * whole.norm(), (name, dtype, t, index)
+
+
+def one_process(name, a, b, labels, t, anchors):
+    """The mean over the given anchors' views, by plain autograd over the whole matrix."""
+    if name == "rectangular":
+        return cosine_logsumexp(a[anchors], b, temperature=t, backend="naive").mean()
+    z, y = torch.nn.functional.normalize(torch.cat([a, b]), dim=1), labels.repeat(2)
+    s = (z @ z.T / t).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+    if name == "nt_xent":
+        y = torch.arange(len(a)).repeat(2)
+    positive = (y[:, None] == y) & ~torch.eye(len(z), dtype=torch.bool)
+    if name == "sup_con in":
+        pull = s.masked_fill(~positive, -torch.inf).logsumexp(1) - positive.sum(1).to(s).log()
+    else:
+        pull = s.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+    each = (s.logsumexp(1) - pull).unflatten(0, (2, len(a)))
+    return each[:, anchors].mean()
