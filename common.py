@@ -133,13 +133,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.batch_size_by_hand = True  # parse_args knows better; see fit_batch_size
+        default = {field.name: field.default for field in dataclasses.fields(self)}
         for name, (kind, _, bound) in flags(type(self)).items():
             value, choices = getattr(self, name), typing.get_args(kind)
             if typing.get_origin(kind) is Literal and value not in choices:
                 raise InputError(f"{dashed(name)} {value}: choose one of {', '.join(map(str, choices))}")
             if kind in (int, float, str, bool) and not isinstance(value, (int, float) if kind is float else kind):
                 raise InputError(f"{dashed(name)} {value}: must be {kind.__name__}")
-            if bound and not (math.isfinite(value) and BOUNDS[bound](value)):
+            if bound and value is not default[name] and not (math.isfinite(value) and BOUNDS[bound](value)):
                 raise InputError(f"{dashed(name)} {value}: must be {bound}")
 
 
@@ -182,7 +183,7 @@ def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
     parser = OneLineParser(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, (kind, help_text, bound) in flags(config).items():
         default = next(f.default for f in dataclasses.fields(config) if f.name == name)
-        values = {p: v[name] for p, v in config.PRESETS.items() if v.get(name, default) != default}
+        values = {p: v[name] for p, v in config.PRESETS.items() if name in v and v[name] != default}
         shown = [f"default {default}", *(f"{preset}: {value}" for preset, value in values.items())]
         shown = [] if name == "preset" else [bound, *shown] if bound else shown
         text = (help_text + f" ({'; '.join(shown)})" * bool(shown)).replace("%", "%%")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ["simclr"]
+METHODS = ["simclr", "moco"]
 
 
 @pytest.mark.parametrize("method", METHODS)
