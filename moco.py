@@ -103,7 +103,8 @@ class Config(RunConfig):
     lr: Annotated[float, "learning rate, not scaled by N (section 4.1: 0.03 for 256)", "> 0"] = 0.03
     weight_decay: Annotated[float, "weight decay, on everything (section 4.1)", ">= 0"] = 1e-4
     loss_backend: Annotated[
-        Literal["auto", "triton", "blocked", "naive"], "triton on a GPU, blocked on a CPU, naive: the loss of this file"
+        Literal["auto", "triton", "blocked", "naive"],
+        "auto = what is fastest here: triton on a GPU, blocked on a CPU, naive (the loss of this file) when small",
     ] = "auto"
     out: Annotated[str, "folder of the run's files"] = "runs/moco"
 
@@ -283,8 +284,12 @@ def train(config: Config) -> dict[str, Any]:
     """Train, write the run's files to `config.out`, and return the final metrics."""
     device = common.prepare(config)
     data = common.load_data(config, device)
+    by_hand = config.batch_size_by_hand
     common.fit_batch_size(config, len(data.train))
     queue, memory_bank = config.mechanism == "queue", config.mechanism == "memory-bank"
+    if not by_hand and config.batch_size < 2 * config.bn_splits:
+        config.bn_splits = max(1, config.batch_size // 2)
+        print(f"note: --bn-splits is lowered to {config.bn_splits}, for a batch of {config.batch_size}")
     n, groups = config.batch_size, config.bn_splits
     if groups > 1 and n < 2 * groups:
         raise common.InputError(f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
@@ -307,7 +312,7 @@ def train(config: Config) -> dict[str, Any]:
         f"weight decay {config.weight_decay:g} on everything",
         loss=f"info_nce, {backend}; mean over N = {n} queries" + "; the sum of both directions" * config.symmetric,
         keys=f"{config.mechanism}; BN statistics over groups of {n // groups} images"
-        + ", keys shuffled" * (config.shuffle_bn and groups > 1),
+        + ", keys shuffled" * (config.shuffle_bn and groups > 1 and not memory_bank),
     )
 
     model.train()  # f_k too

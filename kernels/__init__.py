@@ -73,17 +73,18 @@ def sup_con(
     `group`, and what is raised: as for `nt_xent`.
     """
     _check_rows("z", z)
-    if labels.shape != z.shape[:1] or labels.is_floating_point() or labels.device != z.device:
+    if labels.shape != z.shape[:1] or labels.is_floating_point() or labels.is_complex() or labels.device != z.device:
         raise ValueError(
             f"labels must be integers (M,) on {z.device} for z {tuple(z.shape)}, "
             f"got {labels.dtype} {tuple(labels.shape)} on {labels.device}"
         )
     if loss not in ("out", "in"):
         raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
+    labels = labels.long().contiguous()
     call = _Call(z, len(z), temperature, backend, group)
     z = call.unit(z)
     lse = call.logsumexp(z)
-    positives, count = PositiveMean.apply(z, labels.long(), call.group)
+    positives, count = PositiveMean.apply(z, labels, call.group)
     each = lse - (positives * call.scale if loss == "out" else call.logsumexp(z, labels=labels) - count.log())
     return torch.where(count > 0, each, 0).mean()
 
@@ -111,13 +112,16 @@ class _Call:
                 raise ValueError(f"temperature must be a positive number, got {temperature}")
             self.scale = torch.tensor(1 / temperature, dtype=torch.float64)
         else:
+            if temperature.device.type != "cpu" and temperature.device != x.device:
+                raise ValueError(f"temperature is on {temperature.device}, the rows {tuple(x.shape)} on {x.device}")
             if temperature.numel() != 1 or not temperature.is_floating_point():
                 raise ValueError(
                     f"temperature must be a number or a float tensor of one element, got {temperature.dtype} "
                     f"{tuple(temperature.shape)} for rows {tuple(x.shape)}"
                 )
-            if not temperature.is_cuda and not torch.compiler.is_compiling() and not temperature.item() > 0:
-                raise ValueError(f"temperature must be positive, got {temperature.item()}")
+            known = not temperature.is_cuda and not torch.compiler.is_compiling()
+            if known and not 0 < temperature.item() < float("inf"):
+                raise ValueError(f"temperature must be a positive number, got {temperature.item()}")
             self.scale = temperature.reshape(()).to(torch.promote_types(torch.float32, temperature.dtype)).reciprocal()
         self.group = group if several(group) else None
         self.backend = resolve_backend(backend, len(x), columns, x.device, x.dtype, self.group)

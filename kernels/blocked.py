@@ -99,7 +99,7 @@ def backward(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, co
 
 def unit_rows(x, dtype):
     """Return z = x / |x| (M, d) in `dtype` and 1 / |x| (M,)."""
-    x = x.to(dtype)
+    x = x.to(dtype).contiguous()
     inverse = torch.linalg.vector_norm(x, dim=1).clamp_min_(1e-12).reciprocal_()
     return x * inverse[:, None], inverse
 

@@ -16,6 +16,7 @@ Rows too wide for one tile are taken in CHUNKS of BD: s is their sum, and each c
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -184,7 +185,7 @@ def _launch(rows, cols, scale):
             precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     bm, bn, bd, warps, stages = configuration(d, rows.dtype, precision, target)
     blocks, tiles, chunks = triton.cdiv(m, bm), triton.cdiv(k, bn), triton.cdiv(d, bd)
-    splits = max(1, min(256 // blocks, tiles // 4, 32))  # fill a card of any size, with at least four tiles each
+    splits = max(1, min(256 // blocks, tiles // 4, 32))  # few rows: more programs, each with four tiles or more
     per_split = triton.cdiv(tiles, splits)
     if not scale.is_cuda:  # to the device without a copy, which would synchronise
         scale = torch.full((), scale.item(), dtype=acc, device=device)
@@ -194,10 +195,17 @@ def _launch(rows, cols, scale):
     return acc, scale.to(acc), (blocks, triton.cdiv(tiles, per_split), chunks), per_split * bn, meta
 
 
+def _padded(rows, cols):
+    """Both with zeros up to a width of 16: of any other one the loads are narrow, and registers spill."""
+    short = -rows.shape[1] % 16
+    rows, cols = (F.pad(x, (0, short)) if short and x is not None else x for x in (rows, cols))
+    return rows, rows if cols is None else cols
+
+
 def forward(rows, cols, scale, offset, row_labels, col_labels, emit):
     """Return m (M,), total (M,) of equation 2, and out (M, d) of equation 4 when `emit`, else (0, d)."""
     shift = needs_shift(scale) or emit  # float16 holds E only when it is at most 1
-    cols = rows if cols is None else cols
+    width, rows, cols = rows.shape[1], *_padded(rows, cols)
     acc, scale, grid, per_split, meta = _launch(rows, cols, scale)
     m, d = rows.shape
     new = dict(dtype=acc, device=rows.device)
@@ -207,6 +215,7 @@ def forward(rows, cols, scale, offset, row_labels, col_labels, emit):
         rows, cols, scale, row_labels, col_labels, top, total, out, m, len(cols), d, offset, per_split,
         LABELS=row_labels is not None, SHIFT=shift, EMIT=emit, **meta,
     )  # fmt: skip
+    out = out[..., :width]
     highest = top.amax(0)
     shrink = torch.exp2(top - highest)
     total = (total * shrink).sum(0)
@@ -216,7 +225,7 @@ def forward(rows, cols, scale, offset, row_labels, col_labels, emit):
 def backward(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a):
     """Return sum_j W_ij k_j (M, d) of equation 3."""
     shift = needs_shift(scale)
-    cols = rows if cols is None else cols
+    width, rows, cols = rows.shape[1], *_padded(rows, cols)
     acc, scale, grid, per_split, meta = _launch(rows, cols, scale)
     dz = torch.empty(grid[1], *rows.shape, dtype=acc, device=rows.device)
     backward_kernel[grid](
@@ -224,7 +233,7 @@ def backward(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, co
         *rows.shape[:1], len(cols), rows.shape[1], offset, per_split,
         LABELS=row_labels is not None, SHIFT=shift, **meta,
     )  # fmt: skip
-    return dz[0] if grid[1] == 1 else dz.sum(0)
+    return dz.sum(0)[:, :width].contiguous() if grid[1] > 1 else dz[0, :, :width].contiguous()
 
 
 def unit_rows(x, dtype):

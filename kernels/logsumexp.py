@@ -57,7 +57,8 @@ def _run(backend, name, first, *others):
         from . import fused as module
     else:
         from . import blocked as module
-    with torch.autocast(first.device.type, enabled=False):  # the precision is chosen here, once
+    # on the tensors' own device, and in the precision that was chosen for the call
+    with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
         return getattr(module, name)(first, *others)
 
 
@@ -190,10 +191,9 @@ class LogSumExp(torch.autograd.Function):
         refuse_twice()
         rows, y, cols, out, m, total, *labels, scale = ctx.saved_tensors
         offset, emit, backend, group = ctx.options
-        unit = torch.ones_like(g[0])
-        if rows.dtype == torch.float16:  # keep W, at most 2 max|g|, in the range where float16 is precise
-            unit = gather(g.abs().amax().clamp(min=1e-30)[None], group).amax() / 2**14
-        a = torch.where(total > 0, g / total / unit, 0)  # a row without columns has no gradient
+        # Keep W, at most 2 max|g|, in the range where float16 is precise, and a small g / total out of the subnormals.
+        unit = gather(g.abs().amax().clamp(min=1e-30)[None], group).amax() / 2**14
+        a = torch.where(total > 0, g / unit / total, 0)  # a row without columns has no gradient
         every = gather(m, group), gather(a, group)
         absent = lambda x: (torch.full_like(x, torch.inf), torch.zeros_like(x))  # noqa: E731  (m, a) that add nothing
         needs_z, needs_y, needs_scale = ctx.needs_input_grad[:3]
@@ -231,8 +231,9 @@ class PositiveMean(torch.autograd.Function):
         weight = 1 / count.clamp(min=1).to(z)
         ctx.save_for_backward(z, every, class_id, others, weight)
         ctx.own, ctx.group = own, group
+        count = count.to(z)
         ctx.mark_non_differentiable(count)
-        return (z * others).sum(dim=1) * weight, count.to(z)
+        return (z * others).sum(dim=1) * weight, count
 
     @staticmethod
     def backward(ctx, g, _):

@@ -447,3 +447,34 @@ def test_triton_memory_and_streams_on_a_gpu():
     compiled = torch.compile(lambda a, b: nt_xent(a, b, 0.1), fullgraph=True)
     a, b = z.detach()[:512].chunk(2)
     torch.testing.assert_close(compiled(a, b), nt_xent(a, b, 0.1))
+
+
+@pytest.mark.parametrize("backend", ["naive", "blocked"])
+def test_transposed_rows_compile(backend):
+    """The operators must promise the strides that they return."""
+    x = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).T.requires_grad_()
+    loss = lambda x: cosine_logsumexp(x, temperature=0.2, backend=backend).sum()  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), loss(x.detach().contiguous()))
+
+
+def test_a_tiny_upstream_gradient_is_not_lost():
+    """Just above t = 1/64 a row's total reaches e^64 M: g / total must not fall into the subnormals."""
+    torch.manual_seed(0)
+    z = torch.randn(1, 64) + 0.01 * torch.randn(1200, 64)
+    gradients = []
+    for upstream in (1.0, 1e-12):
+        x = z.clone().requires_grad_()
+        (cosine_logsumexp(x, temperature=0.0157, backend="blocked").mean() * upstream).backward()
+        gradients.append(x.grad / upstream)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6 * gradients[0].abs().max().item())
+
+
+def test_a_temperature_or_labels_that_do_not_fit():
+    z = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="positive number"):
+        cosine_logsumexp(z, temperature=torch.tensor(float("inf")))
+    with pytest.raises(ValueError, match="temperature is on meta"):
+        cosine_logsumexp(z, temperature=torch.tensor(0.1, device="meta"))
+    with pytest.raises(ValueError, match="labels must be integers"):
+        sup_con(z, torch.zeros(4, dtype=torch.complex64))

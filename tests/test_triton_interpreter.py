@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cosine_logsumexp, nt_xent
+from kernels import cosine_logsumexp, nt_xent, sup_con
 from tests.test_kernels import NAMES, assert_close, error, gradients, losses
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -46,6 +46,14 @@ def test_equals_the_paper(name, m, d, t, dtype, bound):
     z1, z2, labels = torch.randn(m, d), torch.randn(m, d), torch.randint(0, m, (2 * m,))
     ours, naive = losses("triton", labels)[name]
     assert_close(ours, naive, [z1, z2, torch.tensor(t)], dtype, bound, temperature=t)
+
+
+@interpreted
+def test_labels_need_not_be_contiguous():
+    torch.manual_seed(0)
+    z, pairs = torch.randn(33, 20), torch.randint(4, (33, 2))
+    ours = [sup_con(z, labels, 0.2, loss="in", backend="triton") for labels in (pairs[:, 0], pairs[:, 0].contiguous())]
+    assert torch.equal(*ours) and torch.allclose(ours[0], sup_con(z, pairs[:, 0], 0.2, loss="in", backend="naive"))
 
 
 @interpreted
