@@ -467,7 +467,7 @@ def test_a_tiny_upstream_gradient_is_not_lost():
         x = z.clone().requires_grad_()
         (cosine_logsumexp(x, temperature=0.0157, backend="blocked").mean() * upstream).backward()
         gradients.append(x.grad / upstream)
-    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6 * gradients[0].abs().max().item())
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
 
 
 def test_a_temperature_or_labels_that_do_not_fit():
