@@ -1370,6 +1370,6 @@ class Run:
             axes.grid(alpha=0.3)
             if column == 3:
                 axes.axhline(1 / math.sqrt(self.dim), color="grey", linestyle="--", label="1/sqrt(d)")
-                axes.set_ylim(0, 1.3 * max(1 / math.sqrt(self.dim), *(y for _, y in points)))
+                axes.set_ylim(0, 1.3 * max([1 / math.sqrt(self.dim), *(y for _, y in points)]))
                 axes.legend()
         figure.savefig(self.out / "curves.png", dpi=110)

@@ -347,6 +347,16 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
+@pytest.mark.parametrize("rows", [[], [[1, 2.0, 0.1, 0.3, 9.0, None, 5.0]]])
+def test_curves_of_any_length(rows, tmp_path):
+    """Ctrl-C in the first epoch draws an empty one."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run = common.Run.__new__(common.Run)
+    run.out, run.rows, run.dim = tmp_path, rows, 4
+    run.curves()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_curves_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     run = common.Run.__new__(common.Run)
