@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kernels import cosine_logsumexp, info_nce, nt_xent, resolve_backend, sup_con
 
@@ -122,48 +120,6 @@ def test_equals_the_paper_in_float64(backend, name, m, d, t):
     z1, z2, labels = torch.randn(m, d), torch.randn(m, d), torch.randint(0, m, (2 * m,))
     ours, naive = losses(backend, labels)[name]
     assert_close(ours, naive, [z1, z2, torch.tensor(t)], torch.float64, bound=1e-10, temperature=t)
-
-
-SIZES = st.one_of(st.sampled_from([1, 2, 3, 127, 128, 129, 257]), st.integers(1, 300))
-WIDTHS = st.one_of(st.sampled_from([1, 3, 96, 127, 128, 129, 257, 700]), st.integers(1, 700))
-SHAPES = ["random", "identical", "opposite", "tiny", "huge", "mixed", "zero row", "clustered"]
-
-
-def adversarial(shape, z):
-    if shape == "identical":
-        z = z[:1].expand_as(z) * 1
-    elif shape == "opposite":
-        z = z[:1] * torch.tensor([1.0, -1.0])[torch.arange(len(z)) % 2, None]
-    elif shape == "tiny":
-        z = z * 1e-9
-    elif shape == "huge":
-        z = z * 1e15
-    elif shape == "mixed":
-        z = z * torch.logspace(-6, 6, len(z))[:, None]
-    elif shape == "zero row":
-        z = torch.cat([z[:-1], z[:1] * 0])
-    elif shape == "clustered":
-        z = z[torch.arange(len(z)) % 3 % len(z)] + 1e-3 * z
-    return z
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    m=SIZES,
-    d=WIDTHS,
-    t=st.sampled_from([0.001, 0.01, 0.0155, 0.0157, 0.07, 0.5, 10.0]),
-    shape=st.sampled_from(SHAPES),
-    seed=st.integers(0, 1000),
-)
-def test_float32_errs_no_more_than_the_naive_loss(name, m, d, t, shape, seed):
-    torch.manual_seed(seed)
-    z1, z2 = adversarial(shape, torch.randn(2 * m, d)).chunk(2)
-    ours, naive = losses("blocked", torch.randint(0, 1 + m // 2, (2 * m,)))[name]
-    # The sum over 2m identical rows, which cancels against the positives, is rounded the same way at each step.
-    ulps = 4 + (2 * m) ** 0.5 * (shape == "identical")
-    assert_close(lambda a, b: ours(a, b, t), lambda a, b: naive(a, b, t), [z1, z2], temperature=t, ulps=ulps)
 
 
 @pytest.mark.parametrize("m, k", [(1, 1), (1, 600), (257, 3), (600, 1500), (3, 2049)])
