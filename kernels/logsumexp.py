@@ -191,8 +191,10 @@ class LogSumExp(torch.autograd.Function):
         refuse_twice()
         rows, y, cols, out, m, total, *labels, scale = ctx.saved_tensors
         offset, emit, backend, group = ctx.options
-        # Keep W, at most 2 max|g|, in the range where float16 is precise, and a small g / total out of the subnormals.
-        unit = gather(g.abs().amax().clamp(min=1e-30)[None], group).amax() / 2**14
+        # Keep W, at most 2 max|g|, in the range where float16 is precise, and a small g / total out of the subnormals;
+        # a power of two, so that nothing is rounded.
+        largest = gather(g.abs().amax().clamp(min=1e-30)[None], group).amax()
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 14)
         a = torch.where(total > 0, g / unit / total, 0)  # a row without columns has no gradient
         every = gather(m, group), gather(a, group)
         absent = lambda x: (torch.full_like(x, torch.inf), torch.zeros_like(x))  # noqa: E731  (m, a) that add nothing
