@@ -69,7 +69,8 @@ def assert_close(function, naive, inputs, dtype=torch.float32, bound=1e-5, tempe
 
     How the naive loss rounds is a matter of luck: it is drawn twice, with the columns reversed the second time. Where
     the result vanishes (identical or opposite rows, one pair), it is what rounding leaves of terms of the size
-    1 / temperature, and the naive loss may leave exactly nothing: `ulps` units in the last place of those are allowed.
+    1 / temperature (or 1, of a logarithm), and the naive loss may leave exactly nothing: `ulps` units in the last place
+    of those are allowed.
     """
     exact = gradients(naive, *inputs, weight=weight)
     ours = gradients(function, *inputs, dtype=dtype, weight=weight)
@@ -83,7 +84,7 @@ def assert_close(function, naive, inputs, dtype=torch.float32, bound=1e-5, tempe
             lengths = inputs[index - 1].double().norm(dim=1, keepdim=True).clamp_min(1e-12)
             a, b, c, reference = (x.double() * lengths for x in (a, b, c.flip(-1), reference))
         elif not a.ndim:
-            terms = 1 / temperature if index == 0 else 1 / temperature**2
+            terms = max(1.0, 1 / temperature) if index == 0 else max(1.0, 1 / temperature**2)
         limit, usual = bound * reference.norm().item(), max(error(b, reference), error(c, reference))
         limit = max(limit if usual <= limit else 2 * usual, ulps * torch.finfo(dtype).eps * terms)
         assert error(a, reference) <= limit, (index, error(a, reference), limit, usual, reference.norm())
