@@ -284,10 +284,10 @@ def train(config: Config) -> dict[str, Any]:
     """Train, write the run's files to `config.out`, and return the final metrics."""
     device = common.prepare(config)
     data = common.load_data(config, device)
-    by_hand = config.batch_size_by_hand
+    asked = config.batch_size
     common.fit_batch_size(config, len(data.train))
     queue, memory_bank = config.mechanism == "queue", config.mechanism == "memory-bank"
-    if not by_hand and config.batch_size < 2 * config.bn_splits:
+    if config.batch_size < min(asked, 2 * config.bn_splits):  # a preset's batch was lowered: so are its groups
         config.bn_splits = max(1, config.batch_size // 2)
         print(f"note: --bn-splits is lowered to {config.bn_splits}, for a batch of {config.batch_size}")
     n, groups = config.batch_size, config.bn_splits

@@ -434,6 +434,17 @@ def test_bad_input_is_one_line(flags, word, few_shapes, tmp_path, capsys, monkey
     assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and word in err
 
 
+def test_a_lowered_batch_lowers_its_groups(few_shapes, tmp_path, capsys):
+    few = common.make_shapes  # 100 images for a preset's batch of 256
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "make_shapes", lambda n, seed, size: few(2500 if n > 2000 else 500, seed, size))
+        c = moco.Config(data="shapes", image_size=32, backbone="resnet8", epochs=1, queue_size=64, out=str(tmp_path))
+        c.batch_size_by_hand = False
+        moco.train(c)
+    out = capsys.readouterr().out
+    assert "batch of 256 is lowered" in out and "--bn-splits is lowered" in out
+
+
 @pytest.mark.slow
 def test_the_script_learns_the_shapes(tmp_path):
     """A short demo run, from the command line, beats the untrained network."""
