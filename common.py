@@ -1046,12 +1046,6 @@ def pick_device(config: RunConfig) -> torch.device:
     return torch.device(name)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, for timing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def prepare(config: RunConfig) -> torch.device:
     """Pick the device, seed everything, and make the run's folder. Raises `InputError` for what cannot be had."""
     device = pick_device(config)
