@@ -196,7 +196,7 @@ class LogSumExp(torch.autograd.Function):
         largest = gather(g.abs().amax().clamp(min=1e-30)[None], group).amax()
         unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 14)
         a = torch.where(total > 0, g / unit / total, 0)  # a row without columns has no gradient
-        every = gather(m, group), gather(a, group)
+        every = () if emit else (gather(m, group), gather(a, group))
         absent = lambda x: (torch.full_like(x, torch.inf), torch.zeros_like(x))  # noqa: E731  (m, a) that add nothing
         needs_z, needs_y, needs_scale = ctx.needs_input_grad[:3]
         dz = dy = dscale = None
