@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .logsumexp import LogSumExp, PositiveMean, UnitRows, resolve_backend, row_dtype, several
 
+SMALLEST = 1e-37  # temperature: twice its reciprocal is still a float32
+
 __all__ = ["cosine_logsumexp", "info_nce", "nt_xent", "resolve_backend", "sup_con"]
 
 
@@ -108,8 +110,8 @@ class _Call:
 
     def __init__(self, x, columns, temperature, backend, group=None):
         if not isinstance(temperature, Tensor):
-            if not 0 < temperature < float("inf"):
-                raise ValueError(f"temperature must be a positive number, got {temperature}")
+            if not SMALLEST <= temperature < float("inf"):
+                raise ValueError(f"temperature must be a number of at least {SMALLEST}, got {temperature}")
             self.scale = torch.tensor(1 / temperature, dtype=torch.float64)
         else:
             if temperature.device.type != "cpu" and temperature.device != x.device:
@@ -120,8 +122,8 @@ class _Call:
                     f"{tuple(temperature.shape)} for rows {tuple(x.shape)}"
                 )
             known = not temperature.is_cuda and not torch.compiler.is_compiling()
-            if known and not 0 < temperature.item() < float("inf"):
-                raise ValueError(f"temperature must be a positive number, got {temperature.item()}")
+            if known and not SMALLEST <= temperature.item() < float("inf"):
+                raise ValueError(f"temperature must be a number of at least {SMALLEST}, got {temperature.item()}")
             self.scale = temperature.reshape(()).to(torch.promote_types(torch.float32, temperature.dtype)).reciprocal()
         self.group = group if several(group) else None
         self.backend = resolve_backend(backend, len(x), columns, x.device, x.dtype, self.group)
