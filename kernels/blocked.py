@@ -8,7 +8,7 @@ With unit rows z_i (M, d), unit columns k_j (K, d) and beta = 1/temperature:
     (4)  out_i = sum_j E_ij k_j / total_i            the gradient of lse_i by z_i, over beta
 
 A tile of HIGH x WIDE similarities stays in the cache from its product to its last use; nothing larger is ever stored.
-It is wide because each operation on it starts all threads: few and long ones also suffer least on a busy machine.
+It is large because each operation on it starts all threads: few and long ones also suffer least on a busy machine.
 For |s| <= 64 no shift is needed (m = 0: exp neither overflows nor underflows), so E is symmetric when the columns are
 the rows: then the tiles on and above the diagonal serve their rows and, transposed, the rows below, and
 W_ij = E_ij (a_i + a_j).
@@ -16,7 +16,7 @@ W_ij = E_ij (a_i + a_j).
 
 import torch
 
-HIGH, WIDE = 512, 1024
+HIGH, WIDE = 768, 768
 
 
 def _tiles(rows, cols, scale, shift, offset, row_labels, col_labels, normalize=False):
