@@ -182,7 +182,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, k: Tensor) -> None:
         """Put the keys k (N, d) in the places of the N oldest; of more than K keys the last K stay."""
-        k = F.normalize(k, dim=1)[-len(self.queue) :]
+        k = F.normalize(k.to(self.queue), dim=1)[-len(self.queue) :]
         rows = (self.pointer + torch.arange(len(k), device=k.device)) % len(self.queue)
         self.queue.index_copy_(0, rows, k)
         self.pointer.add_(len(k)).remainder_(len(self.queue))
@@ -203,7 +203,7 @@ class MemoryBank(nn.Module):
 
     def update(self, index: Tensor, q: Tensor, momentum: float) -> None:
         """v <- m v + (1 - m) q, and back to length 1: the momentum is on the vector, not on the encoder."""
-        q, index = F.normalize(q.detach(), dim=1), index.to(q.device)
+        q, index = F.normalize(q.detach().to(self.vectors), dim=1), index.to(q.device)
         self.vectors[index] = F.normalize(momentum * self.vectors[index] + (1 - momentum) * q, dim=1)
 
 
@@ -228,30 +228,38 @@ def info_nce_in_batch(q: Tensor, k: Tensor, temperature: float | Tensor = 0.2) -
 def choose_loss(config: Config, device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """The loss that runs, of (q, k, queue), or of (q, k) for end-to-end, and its name for the header."""
     asked, tau, in_batch = config.loss_backend, config.temperature, config.mechanism == "end-to-end"
-    naive = info_nce_in_batch if in_batch else info_nce
+
+    def naive(*qk: Tensor) -> Tensor:  # in float32 under --amp too
+        return (info_nce_in_batch if in_batch else info_nce)(*map(at_least_float32, qk), tau)
+
     if fused_info_nce is None:
         if asked not in ("auto", "naive"):
             raise common.InputError(f"--loss-backend {asked}: the folder kernels/ is not here; copy it along")
-        return lambda *qk: naive(*qk, tau), "naive (kernels/ is not here)"
+        return naive, "naive (kernels/ is not here)"
     columns = config.batch_size if in_batch else config.queue_size
+    dtype = common.PRECISIONS[config.amp] or torch.float32
     try:
-        name = resolve_backend(asked, config.batch_size, columns, device, torch.float32)
+        name = resolve_backend(asked, config.batch_size, columns, device, dtype)
     except ValueError as error:
         raise common.InputError(f"--loss-backend {asked}: {error}") from None
     if name == "naive":
-        return lambda *qk: naive(*qk, tau), name
+        return naive, name
     if not in_batch:
         return lambda q, k, queue: fused_info_nce(q, k, queue, tau, backend=name), name
 
     def fused_in_batch(q: Tensor, k: Tensor) -> Tensor:
         lse = cosine_logsumexp(q, k, temperature=tau, backend=name)  # (N,): over the positive too
-        return (lse - F.cosine_similarity(q, k, eps=1e-12) / tau).mean()
+        return (lse - F.cosine_similarity(at_least_float32(q), at_least_float32(k), eps=1e-12) / tau).mean()
 
     return fused_in_batch, name
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def encode(network: nn.Module, x: Tensor, config: Config, shuffle: bool = False) -> Tensor:
-    """network(x), (N, d) float32, with BN statistics over `bn_splits` groups of the batch x (N, 3, S, S).
+    """network(x), (N, d), with BN statistics over `bn_splits` groups of the batch x (N, 3, S, S).
 
     Shuffled (section 3.3), an image meets other companions than its other view does, so that the statistics tell
     nothing about which key belongs to which query. The groups stand for GPUs. With several processes `x` is what all
@@ -260,7 +268,7 @@ def encode(network: nn.Module, x: Tensor, config: Config, shuffle: bool = False)
     order = torch.randperm(len(x)).to(x.device) if shuffle else torch.arange(len(x), device=x.device)
     with common.autocast(config, x.device):
         out = torch.cat([network(group) for group in x[order].tensor_split(config.bn_splits)])
-    return out[order.argsort()].float()
+    return out[order.argsort()]
 
 
 def contrast(
