@@ -16,26 +16,26 @@ def batch(dtype):
     return z1, z2, torch.randint(0, 6, (N,), generator=generator)
 
 
-def cases(group, t):
+def cases(group, t, backend):
     """Return name -> function of (z1, z2, labels): the value of this process's anchors."""
     return {
-        "nt_xent": lambda a, b, y: nt_xent(a, b, t, group=group, backend="blocked"),
-        "sup_con out": lambda a, b, y: sup_con(torch.cat([a, b]), y.repeat(2), t, group=group, backend="blocked"),
+        "nt_xent": lambda a, b, y: nt_xent(a, b, t, group=group, backend=backend),
+        "sup_con out": lambda a, b, y: sup_con(torch.cat([a, b]), y.repeat(2), t, group=group, backend=backend),
         "sup_con in": lambda a, b, y: sup_con(
-            torch.cat([a, b]), y.repeat(2), t, loss="in", group=group, backend="blocked"
+            torch.cat([a, b]), y.repeat(2), t, loss="in", group=group, backend=backend
         ),
-        "rectangular": lambda a, b, y: cosine_logsumexp(a, b, temperature=t, group=group, backend="blocked").mean(),
+        "rectangular": lambda a, b, y: cosine_logsumexp(a, b, temperature=t, group=group, backend=backend).mean(),
     }
 
 
-def run(rank, processes, port_file, results):
+def run(rank, processes, backend, port_file, results):
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=processes)
     torch.set_num_threads(1)
     own = slice(rank * N // processes, (rank + 1) * N // processes)
     found = {}
     for dtype in (torch.float64, torch.float32):
         for t in (0.2, 0.005):  # without and with a running maximum
-            for name, function in cases(dist.group.WORLD, t).items():
+            for name, function in cases(dist.group.WORLD, t, backend).items():
                 z1, z2, labels = (x[own] for x in batch(dtype))
                 a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
                 value = function(a, b, labels)
@@ -46,9 +46,12 @@ def run(rank, processes, port_file, results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_equal_one_process(processes, tmp_path):
-    mp.spawn(run, (processes, str(tmp_path / "store"), str(tmp_path)), nprocs=processes)
+@pytest.mark.parametrize("processes, backend", [(1, "blocked"), (2, "blocked"), (4, "blocked"), (2, "triton")])
+def test_processes_equal_one_process(processes, backend, tmp_path, monkeypatch):
+    if backend == "triton":  # in the processes' interpreter
+        pytest.importorskip("triton", reason="triton is not installed")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    mp.spawn(run, (processes, backend, str(tmp_path / "store"), str(tmp_path)), nprocs=processes)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for name, dtype, t in found[0]:
         # One process, all anchors; the weights are those of the processes' values in their sum.
