@@ -32,15 +32,16 @@ from kernels import fused
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),  # the "small" configurations of every other NVIDIA card
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KB an SM or compute unit, as published
+SHARED = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KB an SM, as published
 # Multiply-adds an SM and clock in 16-bit tensor cores, from the published dense rates: A100 312e12 / 2 / (108 x
 # 1.41e9), H100 SXM 989e12 / 2 / (132 x 1.83e9), B200 2250e12 / 2 / (148 x 1.85e9). 16 exponentials an SM and clock on
 # each, and 128 lanes for everything else.
-TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # what 16-bit products must use
+TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # at 16 bits
 RATES = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
 DTYPES = {
     "fp16": torch.float16,
@@ -51,9 +52,9 @@ DTYPES = {
 
 def variants(width, dtype, target):
     """Yield (name, kernel, constants, warps, stages) for every launch that the width can lead to."""
-    hip = target == "gfx942"
-    precision = "ieee" if dtype == "fp16" or hip else dtype
-    bm, bn, bd, warps, stages = fused.configuration(width, DTYPES[dtype], precision, "small" if hip else target)
+    precision = "ieee" if dtype == "fp16" or target == "gfx942" else dtype
+    named = target if target in ("sm_80", "sm_90", "sm_100") else "small"
+    bm, bn, bd, warps, stages = fused.configuration(width, DTYPES[dtype], precision, named)
     tile = dict(BM=bm, BN=bn, BD=bd, CHUNKS=-(-width // bd), ACC=tl.float32, PRECISION=precision)
     for labels in (False, True):
         name = ", labels" if labels else ""
@@ -79,17 +80,18 @@ def compile_one(task):
     if not constants.get("LABELS"):
         constants = constants | {p: None for p in ("RowLabel", "ColLabel") if p in kernel.arg_names}
     signature = {p: "constexpr" if p in constants else types.get(p, "*fp32") for p in kernel.arg_names}
+    anything = ("M", "K", "offset", "stride_m", "stride_d") + ("d",) * name.startswith("unit_rows")  # else padded to 16
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, p in enumerate(kernel.arg_names)
-        if p not in constants and p not in ("offset", "stride_d")
+        if p not in constants and p not in anything
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
     row = dict(target=target, d=width, dtype=dtype, kernel=name, warps=warps, shared=compiled.metadata.shared)
     elements = constants.get("BM", 0) * constants.get("BN", 0)
     row["tile"] = f"{constants['BM']}x{constants['BN']}" if elements else "row"
-    (read_amd if target == "gfx942" else read_sass)(compiled, row, elements, constants["BD"])
+    (read_amd if target == "gfx942" else read_sass)(compiled, row, elements, constants)
     needed = dtype == "fp16" and bool(elements)
     row["bad"] = bool(
         row["shared"] > 1024 * (SHARED[target] - (target != "gfx942"))
@@ -100,7 +102,7 @@ def compile_one(task):
     return row
 
 
-def read_sass(compiled, row, elements, bd):
+def read_sass(compiled, row, elements, constants):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -116,24 +118,27 @@ def read_sass(compiled, row, elements, bd):
     row["ctas"] = min(by_registers, by_shared, 64 // row["warps"])
     if not elements:
         return
-    loop = inner_loop(code)
-    threads, warps = 32 * row["warps"], row["warps"]
-    row["exp"] = sum("MUFU.EX2" in line for line in loop) * threads / elements
+    chunks = constants["CHUNKS"]
+    loop = inner_loop(code, chunks)
+    # A program makes one of the `chunks` of the output (forward without emit: the sums, and all of s, once).
+    programs = chunks if constants.get("EMIT", True) else 1
+    each = 32 * row["warps"] * programs / elements  # per similarity, in all programs that see it
+    row["exp"] = sum(times for line, times in loop if "MUFU.EX2" in line) * each
     multiply_adds = 0
-    for line in loop:
+    for line, times in loop:
         if match := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", line):
-            multiply_adds += int(match[1]) * int(match[2]) * int(match[3]) * warps / 4
+            multiply_adds += times * int(match[1]) * int(match[2]) * int(match[3]) / 128  # of a warp group
         elif match := re.search(r"HMMA\.(16)(8)(16|8|4)\.", line):
-            multiply_adds += 16 * 8 * int(match[3]) * warps
-    row["products"] = (
-        multiply_adds / (elements * bd) if multiply_adds else "-"
-    )  # sm_100 keeps the shape out of the name
-    row["other"] = len(loop) * threads / elements - row["exp"]
+            multiply_adds += times * 16 * 8 * int(match[3]) / 32
+    width = constants["BD"] * chunks
+    row["products"] = multiply_adds * each / width if multiply_adds else "-"  # sm_100 keeps the shape out of the name
+    row["other"] = sum(times for _, times in loop) * each - row["exp"]
 
 
-def inner_loop(code):
-    """Return the instructions of the loop that holds most exponentials: from a label to the last jump back to it."""
-    lines, labels, best = [], {}, []
+def inner_loop(code, chunks):
+    """Return (instruction, times executed) of the loop that holds most exponentials: from a label to the last jump
+    back to it. A loop within it is the one over the chunks of a row."""
+    lines, labels, loops = [], {}, []
     for line in code.splitlines():
         if match := re.match(r"\s*(\.L_x_\d+):", line):
             labels[match[1]] = len(lines)
@@ -141,13 +146,13 @@ def inner_loop(code):
             lines.append(line)
             jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
             if jump and jump[1] in labels:
-                loop = lines[labels[jump[1]] :]
-                if sum("EX2" in each for each in loop) > sum("EX2" in each for each in best):
-                    best = loop
-    return best
+                loops.append(range(labels[jump[1]], len(lines)))
+    best = max(loops, key=lambda loop: sum("EX2" in lines[n] for n in loop), default=range(0))
+    within = {n for loop in loops if best.start < loop.start and loop.stop < best.stop for n in loop}
+    return [(lines[n], chunks if n in within else 1) for n in best]
 
 
-def read_amd(compiled, row, elements, bd):
+def read_amd(compiled, row, elements, constants):
     code = compiled.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1])  # noqa: E731
     row["registers"], row["spill"] = (
