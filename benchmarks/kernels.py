@@ -119,25 +119,28 @@ def read_sass(compiled, row, elements, constants):
     if not elements:
         return
     chunks = constants["CHUNKS"]
-    loop = inner_loop(code, chunks)
+    loop = inner_loop(code, chunks, elements * constants["BD"] * (3 if row["dtype"] == "tf32x3" else 1) / row["warps"])
     # A program makes one of the `chunks` of the output (forward without emit: the sums, and all of s, once).
     programs = chunks if constants.get("EMIT", True) else 1
     each = 32 * row["warps"] * programs / elements  # per similarity, in all programs that see it
     row["exp"] = sum(times for line, times in loop if "MUFU.EX2" in line) * each
-    multiply_adds = 0
-    for line, times in loop:
-        if match := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", line):
-            multiply_adds += times * int(match[1]) * int(match[2]) * int(match[3]) / 128  # of a warp group
-        elif match := re.search(r"HMMA\.(16)(8)(16|8|4)\.", line):
-            multiply_adds += times * 16 * 8 * int(match[3]) / 32
-    width = constants["BD"] * chunks
-    row["products"] = multiply_adds * each / width if multiply_adds else "-"  # sm_100 keeps the shape out of the name
+    done = sum(times * multiply_adds(line) for line, times in loop) / 32  # of a thread
+    row["products"] = done * each / (constants["BD"] * chunks) or "-"  # sm_100 keeps the shape out of the name
     row["other"] = sum(times for _, times in loop) * each - row["exp"]
 
 
-def inner_loop(code, chunks):
+def multiply_adds(line):
+    """Of a warp, in one tensor-core instruction."""
+    if match := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", line):
+        return int(match[1]) * int(match[2]) * int(match[3]) / 4  # four warps share it
+    match = re.search(r"HMMA\.(16)(8)(16|8|4)\.", line)
+    return 16 * 8 * int(match[3]) if match else 0
+
+
+def inner_loop(code, chunks, chunk_multiply_adds):
     """Return (instruction, times executed) of the loop that holds most exponentials: from a label to the last jump
-    back to it. A loop within it is the one over the chunks of a row."""
+    back to it. A loop within it is the one over the chunks of a row, which may be unrolled: then it holds several
+    times the multiply-adds that a chunk takes."""
     lines, labels, loops = [], {}, []
     for line in code.splitlines():
         if match := re.match(r"\s*(\.L_x_\d+):", line):
@@ -149,7 +152,8 @@ def inner_loop(code, chunks):
                 loops.append(range(labels[jump[1]], len(lines)))
     best = max(loops, key=lambda loop: sum("EX2" in lines[n] for n in loop), default=range(0))
     within = {n for loop in loops if best.start < loop.start and loop.stop < best.stop for n in loop}
-    return [(lines[n], chunks if n in within else 1) for n in best]
+    unrolled = max(1, round(sum(multiply_adds(lines[n]) for n in within) / chunk_multiply_adds))
+    return [(lines[n], chunks / unrolled if n in within else 1) for n in best]
 
 
 def read_amd(compiled, row, elements, constants):
