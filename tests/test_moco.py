@@ -276,8 +276,8 @@ def test_the_bank_moves_the_vectors_of_the_batch_only():
     torch.manual_seed(0)
     bank = moco.MemoryBank(6, 4)
     old, q = bank.vectors.clone(), torch.randn(2, 4, requires_grad=True)
-    bank.update(torch.tensor([4, 1]), q, 0.5)
-    mean = F.normalize(0.5 * old[[4, 1]] + 0.5 * F.normalize(q.detach(), dim=1), dim=1)
+    bank.update(torch.tensor([4, 1]), q, 0.8)
+    mean = F.normalize(0.8 * old[[4, 1]] + 0.2 * F.normalize(q.detach(), dim=1), dim=1)
     assert torch.allclose(bank.vectors[[4, 1]], mean) and not bank.vectors.requires_grad
     assert torch.equal(bank.vectors[[0, 2, 3, 5]], old[[0, 2, 3, 5]])
 
