@@ -237,9 +237,8 @@ def choose_loss(config: Config, device: torch.device) -> tuple[Callable[..., Ten
             raise common.InputError(f"--loss-backend {asked}: the folder kernels/ is not here; copy it along")
         return naive, "naive (kernels/ is not here)"
     columns = config.batch_size if in_batch else config.queue_size
-    dtype = common.PRECISIONS[config.amp] or torch.float32
     try:
-        name = resolve_backend(asked, config.batch_size, columns, device, dtype)
+        name = resolve_backend(asked, config.batch_size, columns, device, torch.float32)
     except ValueError as error:
         raise common.InputError(f"--loss-backend {asked}: {error}") from None
     if name == "naive":

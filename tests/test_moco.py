@@ -282,6 +282,20 @@ def test_the_bank_moves_the_vectors_of_the_batch_only():
     assert torch.equal(bank.vectors[[0, 2, 3, 5]], old[[0, 2, 3, 5]])
 
 
+def test_the_flag_reaches_the_bank_and_the_loss_sees_the_precision_of_amp(few_shapes, tmp_path, monkeypatch):
+    seen, update, contrast = [], moco.MemoryBank.update, moco.contrast
+    monkeypatch.setattr(moco.MemoryBank, "update", lambda *a: (seen.append(a[3]), update(*a))[1])
+
+    def spy(*arguments):
+        loss_of = arguments[-1]
+        return contrast(*arguments[:-1], lambda q, *rest: (seen.append(q.dtype), loss_of(q, *rest))[1])
+
+    monkeypatch.setattr(moco, "contrast", spy)
+    given = {"mechanism": "memory-bank", "bank_momentum": 0.8, "amp": "bf16", "queue_size": 64, "batch_size": 100}
+    moco.train(config(epochs=1, knn_every=0, out=str(tmp_path), **given))
+    assert seen == [torch.bfloat16, 0.8] * 2
+
+
 # ------------------------------------------------------------------------------------------- versions and recipe
 
 
