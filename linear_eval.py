@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import common
 from common import InputError, RunConfig
 
-MODELS = {"simclr": "SimCLR", "moco": "MoCo"}  # method file -> its model
+MODELS = {"simclr": "SimCLR", "moco": "MoCo", "supcon": "SupCon"}  # method file -> its model
 
 
 def load_run(folder: str) -> tuple[RunConfig, nn.Module]:
