@@ -73,8 +73,7 @@ def load_run(folder: str) -> tuple[RunConfig, nn.Module]:
         raise InputError(f"{path}: unknown method {state['method']}")
     known = common.flags(method.Config)
     try:
-        values = {k: v for k, v in state["config"].items() if k in known} | {"resume": True}  # any stage of a method
-        config = method.Config(**values)
+        config = method.Config(**{k: v for k, v in state["config"].items() if k in known})
         model = getattr(method, MODELS[state["method"]])(config)
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError):
@@ -134,7 +133,7 @@ def fit_mlp(x: Tensor, y: Tensor, classes: int, seed: int, epochs: int = 20) -> 
 
 
 def fit_as_published(
-    network: Callable[[Tensor], Tensor], data: common.Data, config: RunConfig, chosen: Tensor, labels: Tensor, how: Any
+    network: Callable, data: common.Data, config: RunConfig, chosen: Tensor, labels: Tensor, how: Published
 ) -> nn.Linear:
     """A linear classifier by SGD on random crops (area 0.08 to 1) and flips of the images `chosen` (N,).
 
@@ -154,7 +153,8 @@ def fit_as_published(
     step = 0
     for epoch in range(how.epochs):
         order = torch.randperm(len(chosen)).split(batch)
-        crops = data.train.crops([chosen[i] for i in order], config.image_size, 1, (0.08, 1.0), epoch, config.workers)
+        seed = int(torch.randint(2**31, ()))  # of the workers that stream
+        crops = data.train.crops([chosen[i] for i in order], config.image_size, 1, (0.08, 1.0), seed, config.workers)
         for index, (x,) in zip(order, crops, strict=True):
             x = common.where_drawn(x, common.coin(len(x), 0.5), common.flip)
             with torch.no_grad():
@@ -298,10 +298,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.label_fraction <= 1:
         raise InputError(f"--label-fraction {args.label_fraction}: must be > 0 and at most 1")
-    for name, least in (("l2", 0), ("lr", 0), ("epochs", 1), ("seed", 0)):
+    for name, bound in (("l2", ">= 0"), ("lr", "> 0"), ("epochs", ">= 1"), ("seed", ">= 0")):
         value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value >= least and (value > 0 or name != "lr")):
-            raise InputError(f"{common.dashed(name)} {value}: must be {'> 0' if name == 'lr' else f'>= {least}'}")
+        if value is not None and not (math.isfinite(value) and common.BOUNDS[bound](value)):
+            raise InputError(f"{common.dashed(name)} {value}: must be {bound}")
 
     def refuse(names: list[str], where: str) -> None:  # a flag that would do nothing
         for name in names:

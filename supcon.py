@@ -26,6 +26,9 @@ are SimCLR's loss. Jensen's inequality puts L_in below L_out; L_out learns bette
     python supcon.py --loss cross-entropy                  the one-stage baseline in the same budget
     python supcon.py --data /my/photos                     class sub-folders
 
+Measured: `python supcon.py`, torch 2.14.1, 3 min 55 s of one Xeon core: linear top-1 on held-out images 0.985, kNN
+0.993 (raw pixels 0.390, untrained backbone 0.203).
+
 Not as in the paper: its best augmentation, AutoAugment, is not here (the views are those of the authors' code for
 CIFAR), and stage 2 runs SGD as that code does, where the paper takes RMSProp on ImageNet.
 """
@@ -63,8 +66,8 @@ class Config(RunConfig):
             **{"optimizer": "sgd", "lr": 0.5, "weight_decay": 1e-4},
         },
         "demo": {  # ours: learns the shapes set on two CPU cores in about three minutes
-            **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 11, "batch_size": 128},
-            **{"optimizer": "sgd", "lr": 0.2, "weight_decay": 1e-4, "warmup_epochs": 1.0, "crop_min_scale": 0.35},
+            **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 9, "batch_size": 128},
+            **{"lr": 2.0, "weight_decay": 1e-4, "warmup_epochs": 1.0, "crop_min_scale": 0.35},
             **{"hidden_dim": 256, "projection_dim": 64, "linear_epochs": 8, "linear_lr": 0.5, "linear_batch_size": 128},
         },
     }

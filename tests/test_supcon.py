@@ -1,6 +1,11 @@
 """The paper's losses, the baselines, the two stages, and whole runs."""
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,8 @@ import common
 import linear_eval
 import simclr
 import supcon
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def config(**given):
@@ -253,6 +260,18 @@ def test_base_temperature_scales_the_loss(monkeypatch):
         assert "times 1.42857" in said and "times" not in name
 
 
+@pytest.mark.parametrize("loss", ["out", "in"])
+def test_every_backend_runs_the_loss_that_was_asked_for(loss):
+    pytest.importorskip("kernels")
+    torch.manual_seed(0)
+    z, labels = torch.randn(24, 4), torch.arange(24) % 3
+    expected = by_the_formula(z, labels, 0.1, loss)
+    for backend in ("blocked", "naive", "auto"):
+        run, name = supcon.choose_loss(config(loss=loss, loss_backend=backend), torch.device("cpu"), None)
+        torch.testing.assert_close(run(z, labels, 0.0), expected)
+        assert f"sup_con {loss}" in name and (backend == "auto" or backend in name)
+
+
 def test_the_baselines_losses():
     classifier = torch.nn.Linear(6, 3)
     h, y = torch.randn(10, 6), torch.randint(3, (10,))
@@ -341,6 +360,26 @@ def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeyp
     assert resumed["linear_top1"] == whole_run["linear_top1"]
 
 
+def test_a_copied_file_runs_from_the_command_line(photos, tmp_path):
+    """supcon.py with common.py alone, both stages; then stage 2 again, with flags taken from the run."""
+    for name in ("supcon.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def run(*flags):
+        command = [sys.executable, "supcon.py", *flags]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = run("--preset", "demo", "--data", str(photos), "--epochs", "1", "--batch-size", "60", "--knn-every", "0")
+    assert done.returncode == 0, done.stderr
+    for words in ("naive (kernels/ is not here)", "preset demo", "stage     both", "stage 2, linear classifier"):
+        assert words in done.stdout
+    line = [line for line in done.stdout.splitlines() if line.startswith("stage 2")]
+    again = run("--stage", "2", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert line == [line for line in again.stdout.splitlines() if line.startswith("stage 2")]
+
+
 def test_images_without_a_label_are_classes_of_their_own(photos, tmp_path, monkeypatch, capsys):
     for i in range(3):
         (photos / f"extra{i}.png").write_bytes(next((photos / "0").iterdir()).read_bytes())
@@ -348,12 +387,23 @@ def test_images_without_a_label_are_classes_of_their_own(photos, tmp_path, monke
     original = supcon.sup_con
     monkeypatch.setattr(supcon, "fused_sup_con", None)
     monkeypatch.setattr(supcon, "sup_con", lambda z, y, *a, **k: seen.append(y) or original(z, y, *a, **k))
+    batches, original_batches = [], common.Run.batches
+
+    def watched(self, **given):
+        for index, views in original_batches(self, **given):
+            batches.append((index, self.data.train.labels))
+            yield index, views
+
+    monkeypatch.setattr(common.Run, "batches", watched)
     given = TINY | {"data": str(photos), "batch_size": 219}  # all images in one step
     try:
         supcon.train(config(**given, out=str(tmp_path)))
         assert "3 unlabelled images" in capsys.readouterr().out
         ids, counts = seen[0].unique(return_counts=True)
         assert (ids < 0).sum() == 3 and counts[ids < 0].tolist() == [2, 2, 2]  # the two views
+        index, labels = batches[0]
+        named = labels[index] >= 0
+        assert torch.equal(seen[0][:219], seen[0][219:]) and torch.equal(seen[0][:219][named], labels[index][named])
         with pytest.raises(common.InputError, match="3 images have no label"):
             supcon.train(config(**given, loss="cross-entropy", out=str(tmp_path)))
     finally:
