@@ -267,7 +267,8 @@ def draw_confusion(confusion: Tensor, names: list[str], path: Path) -> None:
     side = min(16, 3 + 0.3 * len(names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(confusion / confusion.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 40:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)

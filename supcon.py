@@ -84,7 +84,7 @@ class Config(RunConfig):
     base_temperature: Annotated[
         float, "multiply the loss by tau over this: 0.07 in the code, which is lr x 1.43; 0 = off, the paper", ">= 0"
     ] = 0.0
-    margin: Annotated[int, "m of --loss max-margin; 1 = no margin (Liu et al., table 3: 4 for CIFAR)", ">= 1"] = 4
+    margin: Annotated[int, "m of --loss max-margin; 1 = no margin (Liu et al.: 2 to 4)", ">= 1"] = 4
     epochs: Annotated[int, "passes over the training images in stage 1 (section 4.4, ResNet-50)", ">= 1"] = 350
     batch_size: Annotated[int, "N, images in a step; 2N views (section 4.4)", ">= 1"] = 6144
     optimizer: Annotated[Literal["lars", "sgd"], "lars (section 4.4: ImageNet) or sgd (CIFAR), momentum 0.9"] = "lars"
