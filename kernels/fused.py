@@ -169,8 +169,8 @@ def configuration(d, dtype, precision, target):
         wide = {512: (64, 32, 2), 256: (128 if d <= 256 else 64, 32 if blackwell else 64, 2)}
         bm, bn, stages = wide.get(bd, (64, 32, 2) if small else (128, 64, 3))
         return bm, bn, bd, 8, stages
-    bm, bn, stages = {512: (32, 16, 1)}.get(bd, (64, 32, 2))
-    return bm, bn, bd, 8 if bd >= 256 or (blackwell and bd >= 64) else 4, stages
+    bm, bn, stages = {512: (32, 16, 1), 256: (64, 16 if blackwell else 32, 2)}.get(bd, (64, 32, 2))
+    return bm, bn, bd, 8 if bd >= 256 or (bd >= 64 and (blackwell or small)) else 4, stages
 
 
 def _launch(rows, cols, scale):
