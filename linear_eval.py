@@ -43,15 +43,16 @@ class Published(NamedTuple):
     lr: float
     steps: tuple[float, ...]  # the parts of the run after which lr is multiplied by `factor`; () = cosine to 0
     factor: float
+    crop: float  # least area of a training crop
     source: str
 
 
 PUBLISHED = {
-    "simclr": Published("nesterov", 4096, 90, 1.6, (), 0, "SimCLR appendix B.6: 0.1 B/256, no warm-up"),
-    "moco": Published("sgd", 256, 100, 30.0, (0.6, 0.8), 0.1, "MoCo v1 section 4.1, the same in v2"),
-    "byol": Published("nesterov", 1024, 80, 0.8, (), 0, "BYOL appendix C.1; 0.2 B/256 of the lr it chooses from"),
-    "simsiam": Published("lars", 4096, 90, 1.6, (), 0, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
-    "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, "the authors' code for SupCon on CIFAR"),
+    "simclr": Published("nesterov", 4096, 90, 1.6, (), 0, 0.08, "SimCLR appendix B.6: 0.1 B/256, no warm-up"),
+    "moco": Published("sgd", 256, 100, 30.0, (0.6, 0.8), 0.1, 0.08, "MoCo v1 section 4.1, the same in v2"),
+    "byol": Published("nesterov", 1024, 80, 0.8, (), 0, 0.08, "BYOL appendix C.1; 0.2 B/256 of the lr it chooses from"),
+    "simsiam": Published("lars", 4096, 90, 1.6, (), 0, 0.08, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
+    "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, 0.2, "the authors' code for SupCon on CIFAR"),
 }
 PROBES = {  # probe -> kinds of pictures and the share of each; SimCLR, table 3
     "grayscale": ("colour against grey", (0.8, 0.2)),  # grey with the probability that the augmentation has
@@ -68,9 +69,10 @@ def load_run(folder: str) -> tuple[RunConfig, nn.Module]:
     """The config and the trained model of a run's folder. Raises `InputError` for anything that is not one."""
     path = Path(folder) / "checkpoint.pt"
     state = common.load_checkpoint(path)
-    method = importlib.import_module(state["method"]) if state["method"] in MODELS else None
-    if method is None:
-        raise InputError(f"{path}: unknown method {state['method']}")
+    name = state["method"]
+    if name not in MODELS or importlib.util.find_spec(name) is None:
+        raise InputError(f"{path}: a run of {name}; put {name}.py beside linear_eval.py")
+    method = importlib.import_module(name)
     known = common.flags(method.Config)
     try:
         config = method.Config(**{k: v for k, v in state["config"].items() if k in known})
@@ -90,6 +92,8 @@ def pick_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
             mine = (labels == label).nonzero().squeeze(1)
             count = max(1, round(len(mine) * fraction))
             chosen.append(mine[torch.randperm(len(mine), generator=rng)[:count]])
+    if not chosen:
+        raise InputError("no training image has a label; give a set with class sub-folders")
     return torch.cat(chosen).sort().values
 
 
@@ -115,11 +119,10 @@ def fit_linear(x: Tensor, y: Tensor, classes: int, l2: float = 1e-3, steps: int 
     return w.detach(), b.detach()
 
 
-def fit_mlp(x: Tensor, y: Tensor, classes: int, seed: int, epochs: int = 20) -> nn.Module:
-    """A classifier with one hidden layer as wide as x (N, d): SimCLR's probes are MLPs, of a size it does not give."""
+def fit_mlp(x: Tensor, y: Tensor, classes: int, width: int, seed: int, epochs: int = 20) -> nn.Module:
+    """A classifier of x (N, d) with one hidden layer: SimCLR's probes are MLPs, of a size it does not give."""
     torch.manual_seed(seed)
-    d = x.shape[1]
-    network = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, classes)).to(x.device)
+    network = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, classes)).to(x.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     steps = epochs * -(-len(x) // 128)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -135,9 +138,10 @@ def fit_mlp(x: Tensor, y: Tensor, classes: int, seed: int, epochs: int = 20) -> 
 def fit_as_published(
     network: Callable, data: common.Data, config: RunConfig, chosen: Tensor, labels: Tensor, how: Published
 ) -> nn.Linear:
-    """A linear classifier by SGD on random crops (area 0.08 to 1) and flips of the images `chosen` (N,).
+    """A linear classifier by SGD on random crops (area `how.crop` to 1) and flips of the images `chosen` (N,).
 
-    `labels` (N,) are theirs, on the device. The lr is scaled when fewer than `how.batch_size` images are there.
+    `labels` (N,) are theirs, on the device. The lr is scaled when fewer than `how.batch_size` images are there. Raises
+    `RunFailure` when the loss is no longer finite.
     """
     batch = min(how.batch_size, len(chosen))
     lr, total = how.lr * batch / how.batch_size, how.epochs * -(-len(chosen) // batch)
@@ -154,7 +158,9 @@ def fit_as_published(
     for epoch in range(how.epochs):
         order = torch.randperm(len(chosen)).split(batch)
         seed = int(torch.randint(2**31, ()))  # of the workers that stream
-        crops = data.train.crops([chosen[i] for i in order], config.image_size, 1, (0.08, 1.0), seed, config.workers)
+        crops = data.train.crops(
+            [chosen[i] for i in order], config.image_size, 1, (how.crop, 1.0), seed, config.workers
+        )
         for index, (x,) in zip(order, crops, strict=True):
             x = common.where_drawn(x, common.coin(len(x), 0.5), common.flip)
             with torch.no_grad():
@@ -164,9 +170,18 @@ def fit_as_published(
                 if how.steps:
                     group["lr"] = lr * how.factor ** sum(epoch >= round(at * how.epochs) for at in how.steps)
             optimizer.zero_grad()
-            F.cross_entropy(classifier(h), labels[index.to(labels.device)]).backward()
+            loss = F.cross_entropy(classifier(h), labels[index.to(labels.device)])
+            loss.backward()
             optimizer.step()
             step += 1
+        last = loss.item()
+        if not math.isfinite(last):
+            raise common.RunFailure(
+                f"the classifier's loss is {last} in epoch {epoch + 1}; give a lower --lr than {lr:g}"
+            )
+        print(f"  epoch {epoch + 1}/{how.epochs}  loss {last:.4f}", flush=True)
+    if last > math.log(len(data.classes)):
+        print(f"warning: the last loss is worse than a guess's, {math.log(len(data.classes)):.2f}; give a lower --lr")
     return classifier
 
 
@@ -236,7 +251,7 @@ def run_probes(
         for name in features:
             mean, std = known[name].mean(0), known[name].std(0).clamp(min=1e-6)
             y = kind.to(mean.device)
-            mlp = fit_mlp((known[name] - mean) / std, y, len(PROBES[probe][1]), seed)
+            mlp = fit_mlp((known[name] - mean) / std, y, len(PROBES[probe][1]), model.backbone.feature_dim, seed)
             with torch.no_grad():
                 guess = mlp((asked[name] - mean) / std).argmax(1).cpu()
             row[name] = (guess == truth).float().mean().item()
@@ -254,10 +269,11 @@ def export(config: RunConfig, model: nn.Module, path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"--export {path}: no folder {path.parent}")
     common.save_whole(model.backbone.state_dict(), path)
-    print(f"{path}: {config.backbone} of {config.METHOD}, for torchvision.models.{config.backbone}() without its fc")
+    print(f"{path}: {config.backbone} of {config.METHOD}, for torchvision.models.{config.backbone}() without its fc;")
+    print("it takes pictures in [0, 1], without torchvision's usual mean and std taken off")
     if model.backbone.conv1.kernel_size == (3, 3):
         print("its first layers are the small ones: set model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
-        print("and model.maxpool = torch.nn.Identity() before loading it")
+        print("and model.maxpool = torch.nn.Identity() before loading it; for a detector train with --stem imagenet")
 
 
 def draw_confusion(confusion: Tensor, names: list[str], path: Path) -> None:
@@ -323,7 +339,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         refuse(published, "without --protocol paper")
     if args.features == "pixels":
         refuse(["untrained"], "with --features pixels")
+    for name in ("confusion", "export"):
+        if getattr(args, name) and getattr(args, name).is_dir():
+            raise InputError(f"--{name} {getattr(args, name)}: a folder; give the name of a file")
     if args.confusion:
+        if args.confusion.suffix not in (".png", ".pdf", ".svg"):
+            raise InputError(f"--confusion {args.confusion}: must end in .png, .pdf or .svg")
         if not args.confusion.absolute().parent.is_dir():
             raise InputError(f"--confusion {args.confusion}: no folder {args.confusion.parent}")
         if not importlib.util.find_spec("matplotlib"):
@@ -351,11 +372,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return (class_of if args.probe == "class" else kinds_of)(args, config, model, data, name)
 
 
+def need_head(model: nn.Module, features: str) -> None:
+    if features == "z" and isinstance(model.projector, nn.Identity):
+        raise InputError("--features z: this network has no projection head, so z is h; leave it out")
+
+
 def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data: common.Data, name: str) -> dict:
     """`--probe class`: how well a linear classifier and kNN tell the classes."""
     if not data.labelled():
         raise InputError(f"--data {config.data}: no class sub-folders with held-out images; give a set with labels")
     features = args.features or "h"
+    need_head(model, features)
     network = {"h": model.backbone, "z": model, "pixels": common.pixels}[features]
     chosen = pick_labels(data.train.labels, args.label_fraction, args.seed)
     device = next(model.parameters()).device
@@ -364,12 +391,13 @@ def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     if args.shuffle_labels:
         train_labels = train_labels[torch.randperm(len(train_labels)).to(device)]
 
+    print(f"{name}, features {features}\n{data.describe()}; {len(chosen):,} labels used", flush=True)
     train, test = common.embed(network, data.train, config, chosen), common.embed(network, data.test, config)
     mean = train.mean(0) if features == "pixels" else 0  # taken off, as in the table that ends a run
-    known, asked = train - mean, test - mean
+    known, asked, shuffled = train - mean, test - mean, "; LABELS SHUFFLED" * args.shuffle_labels
     if args.protocol == "features":
         l2 = 1e-3 if args.l2 is None else args.l2
-        how = f"L-BFGS on cached features, l2 {l2:g}"
+        print(f"protocol features: L-BFGS on cached features ({train.shape[1]}-d), l2 {l2:g}{shuffled}")
         result = evaluate(known, train_labels, asked, labels, len(data.classes), l2)
     else:
         changes = {k: getattr(args, k) for k in ("epochs", "lr") if getattr(args, k) is not None}
@@ -377,19 +405,19 @@ def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
         how = f"{setting.optimizer}, batch {setting.batch_size}, lr {setting.lr:g}, {setting.epochs} epochs"
         how += f" ({setting.source}{'; changed by hand' * bool(changes)})"
         how += f"; batch and lr lowered to the {len(chosen)} images" * (len(chosen) < setting.batch_size)
+        print(f"protocol paper: {how}{shuffled}", flush=True)
         classifier = fit_as_published(network, data, config, chosen, train_labels, setting)
         with torch.no_grad():
             result = scores(classifier(test), labels, len(data.classes))
         result["knn_top1"] = common.knn_accuracy(known, train_labels, asked, labels)
 
-    print(f"{name}, features {features} ({train.shape[1]}-d)\n{data.describe()}; {len(chosen):,} labels used")
-    print(f"protocol {args.protocol}: {how}" + "; LABELS SHUFFLED" * args.shuffle_labels)
     print(f"  linear top-1  {result['linear_top1']:.4f}")
     if len(data.classes) > 5:
         print(f"  linear top-5  {result['linear_top5']:.4f}")
     print(f"  kNN top-1     {result['knn_top1']:.4f}")
     worst = sorted((a, c) for a, c in zip(result["per_class"], data.classes, strict=True) if not math.isnan(a))[:10]
-    print(f"  per class     {', '.join(f'{c} {a:.3f}' for a, c in worst)}{', ...' * (len(data.classes) > 10)}")
+    of = f" (the worst 10 of {len(data.classes)})" * (len(data.classes) > 10)
+    print(f"  per class     {', '.join(f'{c} {a:.3f}' for a, c in worst)}{of}")
     if args.confusion:
         draw_confusion(result["confusion"], data.classes, args.confusion)
     return result
@@ -401,14 +429,23 @@ def kinds_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
         raise InputError(f"--data {config.data}: no held-out images; add a test folder, or class sub-folders")
     probes = list(PROBES) if args.probe == "all" else [args.probe]
     features = ["h", "z"] if args.probe == "all" else [args.features or "h"]
+    need_head(model, features[-1])
     result = run_probes(model, data, config, probes, features, args.seed)
-    print(f"{name}\n{data.describe()}; MLP on up to {PROBE_IMAGES:,} of each\n")
+    used = [min(PROBE_IMAGES, len(images)) for images in (data.train, data.test)]
+    print(f"{name}\n{data.describe()}; an MLP is fitted to {used[0]:,} and asked about {used[1]:,}")
+    if min(used) < 2000:
+        print("warning: an MLP needs some 2,000 images of each split before these figures mean something")
+    print()
     head = {"h": "h", "z": "g(h)"}
     print(f"  {'':34}{'chance':>8}" + "".join(f"{head[f]:>8}" for f in features) + "     the paper's")
     for probe, row in result.items():
         paper = " / ".join(f"{v:g}" for v in PAPER[probe])
         values = "".join(f"{100 * v:8.1f}" for v in row.values())
         print(f"  {probe:10}{PROBES[probe][0]:24}{values}     {paper}")
+    print(
+        "\nThe paper's networks (ImageNet, ResNet-50, h and g(h) both 2048-d) had rotation, noise or Sobel among their"
+    )
+    print("training augmentations in those rows, so that g(h) learned to lose it; with SimCLR see --augment.")
     return result
 
 

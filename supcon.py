@@ -30,7 +30,8 @@ Measured: `python supcon.py`, torch 2.14.1, 3 min 50 s of one Xeon core's time: 
 kNN 0.993 (raw pixels 0.390, untrained backbone 0.203).
 
 Not as in the paper: its best augmentation, AutoAugment, is not here (the views are those of the authors' code for
-CIFAR), and stage 2 runs SGD as that code does, where the paper takes RMSProp on ImageNet.
+CIFAR), stage 2 runs SGD as that code does, where the paper takes RMSProp on ImageNet, and pictures stay in [0, 1]. The
+baselines run by SupCon's recipe; the authors' code trains cross-entropy at lr 0.8 with one view, cropped and flipped.
 """
 
 import math
@@ -82,7 +83,10 @@ class Config(RunConfig):
     ] = "both"
     temperature: Annotated[float, "tau (section 4)", "> 0"] = 0.1
     base_temperature: Annotated[
-        float, "multiply the loss by tau over this: 0.07 in the code, which is lr x 1.43; 0 = off, the paper", ">= 0"
+        float,
+        "multiply the loss by tau over this: 0.07 in the code, which is lr x 1.43 with sgd (lars passes it to BN and "
+        "biases alone); 0 = off, the paper",
+        ">= 0",
     ] = 0.0
     margin: Annotated[int, "m of --loss max-margin; 1 = no margin (Liu et al.: 2 to 4)", ">= 1"] = 4
     epochs: Annotated[int, "passes over the training images in stage 1 (section 4.4, ResNet-50)", ">= 1"] = 350
@@ -118,7 +122,9 @@ class Config(RunConfig):
                 raise InputError(f"--base-temperature: --loss {self.loss} has no temperature; leave it out")
             if self.loss_backend not in ("auto", "naive"):
                 raise InputError(f"--loss-backend {self.loss_backend}: --loss {self.loss} has no kernel; leave it out")
-        elif self.batch_size == 1:
+        if self.margin != 4 and self.loss != "max-margin":
+            raise InputError(f"--margin {self.margin}: only --loss max-margin has one; leave it out")
+        if self.contrastive() and self.batch_size == 1:
             raise InputError("--batch-size 1: there are no negatives; give 2 or more")
 
     def contrastive(self) -> bool:
@@ -162,6 +168,8 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, los
 
     The naive loss: it builds the M x M matrix. An anchor without positives adds 0, and counts in the mean.
     """
+    if loss not in ("out", "in"):
+        raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
     z = F.normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (labels[:, None] == labels) & ~itself  # (M, M): p in P(i)
@@ -241,8 +249,14 @@ def fit_classifier(model: SupCon, data: common.Data, config: Config, device: tor
             with torch.no_grad(), common.autocast(config, device):
                 h = model.backbone(x)
             optimizer.zero_grad()
-            F.cross_entropy(classifier(h.float()), data.train.labels[index].to(device)).backward()
+            loss = F.cross_entropy(classifier(h.float()), data.train.labels[index].to(device))
+            loss.backward()
             optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise common.RunFailure(
+                f"stage 2: the loss is {loss.item()} in epoch {epoch + 1}; --stage 2 --resume with a lower --linear-lr"
+            )
+        print(f"stage 2, epoch {epoch + 1}/{config.linear_epochs}  loss {loss.item():.4f}", flush=True)
     return classifier
 
 
@@ -263,12 +277,15 @@ def train(config: Config) -> dict[str, Any]:
     model = SupCon(config).to(device, memory_format=torch.channels_last)
     data = common.load_data(config, device)
     unlabelled = int((data.train.labels < 0).sum())
-    if not data.classes:
-        raise InputError(f"--data {config.data}: no class sub-folders; SupCon learns from labels, SimCLR needs none")
+    if not (data.train.labels >= 0).any():
+        raise InputError(
+            f"--data {config.data}: no two class sub-folders with images; SupCon learns from labels, SimCLR needs none"
+        )
     if unlabelled and not config.contrastive():
         raise InputError(f"--loss {config.loss}: {unlabelled:,} images have no label; take --loss out, or remove them")
     if config.stage != "1" and not data.labelled():
-        raise InputError(f"--data {config.data}: no held-out images to report on; add a test folder, or --stage 1")
+        instead = ", or --stage 1" * config.contrastive()
+        raise InputError(f"--data {config.data}: no held-out images to report on; add a test folder{instead}")
     common.fit_batch_size(config, len(data.train))
     # an image without a label is a class of its own, whose one positive is its other view: SimCLR's case
     labels = torch.where(data.train.labels < 0, -1 - torch.arange(len(data.train)), data.train.labels).to(device)
@@ -289,6 +306,10 @@ def train(config: Config) -> dict[str, Any]:
     run = common.Run(config, data, device, **parts | ({} if contrastive else {"classifier": classifier}))
     if config.stage == "2" and run.epoch < config.epochs:
         raise InputError(f"--stage 2: stage 1 has done {run.epoch} of {config.epochs} epochs; finish with --stage both")
+    if config.stage == "2" and (before := common.load_checkpoint(run.checkpoint)["config"]["loss"]) != config.loss:
+        raise InputError(f"--stage 2: stage 1 was --loss {before}; give that")
+    if not config.resume:
+        (run.out / "classifier.pt").unlink(missing_ok=True)  # of another encoder
     stage_2 = f"{config.linear_epochs} epochs of batch {config.linear_batch_size}, lr {config.linear_lr:g}"
     run.header(
         optimizer=f"{config.optimizer}, momentum 0.9, peak lr {config.lr:g} (not scaled by N), "
@@ -327,6 +348,7 @@ def train(config: Config) -> dict[str, Any]:
         common.save_whole(classifier.state_dict(), run.out / "classifier.pt")
         metrics |= report(model, classifier, data, config, f"stage 2, linear classifier on frozen h ({config.loss})")
     elif not contrastive:
+        common.save_whole(classifier.state_dict(), run.out / "classifier.pt")
         metrics |= report(model, classifier, data, config, f"{config.loss}, one stage")
     return metrics
 

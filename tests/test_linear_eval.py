@@ -176,8 +176,10 @@ def test_the_published_protocol_learns_and_follows_its_schedule(method, monkeypa
         monkeypatch.setattr(owner, name, Watched)
     data, network = little_data(), Recorder()
     config = simclr.Config(data="shapes", image_size=16, workers=1)
-    chosen = torch.arange(0, 60)
+    chosen, scales, crops = torch.arange(0, 60), set(), data.train.crops
+    data.train.crops = lambda *a: (scales.add(a[3][0]), crops(*a))[1]
     classifier = linear_eval.fit_as_published(network, data, config, chosen, data.train.labels, how)
+    assert linear_eval.PUBLISHED[method].crop == scales.pop() == (0.2 if method == "supcon" else 0.08) and not scales
     h = common.embed(Recorder(), data.test, config)
     assert (classifier(h).argmax(1) == data.test.labels).float().mean() > 0.95
     name, flags = made[0]
@@ -190,6 +192,25 @@ def test_the_published_protocol_learns_and_follows_its_schedule(method, monkeypa
     else:
         expected = [how.lr * 0.5 * (1 + math.cos(math.pi * step / total)) for step in range(total)]
     assert all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(rates, expected, strict=True))
+
+
+def test_a_classifier_that_blows_up_is_no_result(capsys):
+    how, data = linear_eval.PUBLISHED["moco"]._replace(batch_size=30, epochs=20, lr=3e38), little_data()
+    config = simclr.Config(data="shapes", image_size=16, workers=1)
+    with pytest.raises(common.RunFailure, match="lower --lr"):
+        linear_eval.fit_as_published(Recorder(), data, config, torch.arange(60), data.train.labels, how)
+    slow = how._replace(lr=1e3, epochs=1, steps=())
+    linear_eval.fit_as_published(Recorder(), data, config, torch.arange(60), data.train.labels, slow)
+    assert "worse than a guess" in capsys.readouterr().out
+
+
+def test_z_needs_a_projection_head(run_folder, tmp_path):
+    config = simclr.Config(**simclr.Config.PRESETS["demo"] | {"projection_head": "none", "out": str(tmp_path)})
+    state = {"method": "simclr", "config": dataclasses.asdict(config), "model": simclr.SimCLR(config).state_dict()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for flags in (["--features", "z"], ["--probe", "all"], ["--probe", "sobel", "--features", "z"]):
+        with pytest.raises(common.InputError, match="no projection head"):
+            linear_eval.main([str(tmp_path), *flags])
 
 
 def test_the_published_protocol_shows_crops_and_flips():
@@ -267,9 +288,9 @@ def test_fit_mlp_learns_what_no_linear_classifier_can():
     torch.manual_seed(0)
     x = torch.randn(3000, 16)
     y = (x[:, 0].abs() > 0.67).long()
-    network = linear_eval.fit_mlp(x, y, 2, seed=0)
+    network = linear_eval.fit_mlp(x, y, 2, 16, seed=0)
     assert (network(x).argmax(1) == y).float().mean() > 0.9
-    again = linear_eval.fit_mlp(x, y, 2, seed=0)
+    again = linear_eval.fit_mlp(x, y, 2, 16, seed=0)
     assert torch.equal(network(x), again(x))
 
 
@@ -279,6 +300,7 @@ class ColourBlind(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+        self.backbone.feature_dim = 48
 
     def forward(self, x):
         return common.grey(self.backbone(x).view(-1, 3, 4, 4)).flatten(1)
@@ -334,7 +356,13 @@ def test_exported_backbones_load_into_torchvision(name, tmp_path, capsys):
         assert classes.shape == (2, 1000) and torch.equal(network(x), model.eval().backbone(x))
     if name == "resnet50":
         detector = torchvision.models.detection.maskrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
+            weights=None,
+            weights_backbone=None,
+            num_classes=3,
+            min_size=64,
+            max_size=64,
+            image_mean=[0, 0, 0],
+            image_std=[1, 1, 1],
         )
         detector.backbone.body.load_state_dict(state)  # strictly
         with torch.no_grad():
@@ -386,6 +414,9 @@ def test_transfer_to_other_data_and_the_confusion_matrix(run_folder, tmp_path, c
         ("--export x.pth --data shapes", "--data does nothing with --export"),
         ("--export /no/such/x.pth", "resnet8 is not a torchvision network"),
         ("--confusion /no/such/x.png", "no folder /no/such"),
+        ("--confusion .", "a folder; give the name of a file"),
+        ("--confusion x.jpeg9", "must end in .png"),
+        ("--export .", "a folder; give the name of a file"),
         ("--seed -1", "--seed -1: must be >= 0"),
     ],
 )

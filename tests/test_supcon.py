@@ -99,6 +99,11 @@ def test_only_who_shares_a_label_matters(loss):
     torch.testing.assert_close(value, supcon.sup_con(z[order], labels[order], loss=loss))
 
 
+def test_there_is_no_third_loss():
+    with pytest.raises(ValueError, match="'out' or 'in'"):
+        supcon.sup_con(torch.randn(4, 3), torch.zeros(4), loss="sum")
+
+
 def test_in_is_never_above_out():
     """Jensen: the log of a mean is at least the mean of the logs; equal where all positives are equally near."""
     torch.manual_seed(0)
@@ -244,7 +249,7 @@ TINY = {"epochs": 1, "batch_size": 64, "knn_every": 0, "linear_epochs": 2}
 def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path, capsys):
     metrics = supcon.train(config(**TINY, out=str(tmp_path), **flags))
     assert math.isfinite(metrics["loss"]) and 0 <= metrics["linear_top1"] <= metrics["linear_top5"] <= 1
-    assert (tmp_path / "classifier.pt").exists() == ("loss" not in flags or flags["loss"] == "in")
+    assert torch.load(tmp_path / "classifier.pt", weights_only=True)["weight"].shape == (10, 128)
     assert f"top-1 {metrics['linear_top1']:.4f}" in capsys.readouterr().out
     _, model = linear_eval.load_run(str(tmp_path))
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
@@ -296,6 +301,17 @@ def test_stage_1_then_stage_2_is_both(few_shapes, tmp_path):
     assert second["linear_top1"] == both["linear_top1"] and before == (tmp_path / "apart" / "backbone.pt").read_bytes()
     a, b = (torch.load(tmp_path / run / "classifier.pt", weights_only=True) for run in ("both", "apart"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_classifier_is_never_that_of_another_encoder(few_shapes, tmp_path):
+    supcon.train(config(**TINY, out=str(tmp_path)))
+    with pytest.raises(common.InputError, match="stage 1 was --loss out"):
+        supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, loss="in"))
+    with pytest.raises(common.RunFailure, match="lower --linear-lr"):
+        supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, linear_lr=1e38))
+    assert (tmp_path / "classifier.pt").exists()
+    supcon.train(config(**TINY, out=str(tmp_path), stage="1"))
+    assert not (tmp_path / "classifier.pt").exists()
 
 
 def test_stage_2_leaves_the_encoder_as_it_is(few_shapes, tmp_path):
@@ -418,6 +434,7 @@ def test_images_without_a_label_are_classes_of_their_own(photos, tmp_path, monke
         (["--stage", "3"], "--stage"),
         (["--stage", "2"], "--stage 2: it needs a finished stage 1"),
         (["--loss", "cross-entropy", "--stage", "1"], "has one stage"),
+        (["--margin", "2"], "only --loss max-margin"),
         (["--loss", "max-margin", "--base-temperature", "0.07"], "has no temperature"),
         (["--loss", "cross-entropy", "--loss-backend", "blocked"], "has no kernel"),
         (["--temperature", "-1"], "--temperature"),
