@@ -1030,7 +1030,8 @@ def feature_std(z: Tensor) -> Tensor:
 @torch.no_grad()
 def effective_rank(z: Tensor) -> float:
     """exp of the entropy of the normalised singular values of the l2-normalised rows (Roy & Vetterli 2007): 1 to d."""
-    s = torch.linalg.svdvals(F.normalize(z.float(), dim=1))
+    z = F.normalize(z.float(), dim=1).double()  # squared by the Gram matrix, a float32 would lose the small ones
+    s = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < len(z) else z @ z.T).clamp(min=0).sqrt()
     p = s / s.sum()
     return float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
 
@@ -1192,13 +1193,20 @@ class Run:
 
         The order depends on the seed and the epoch alone, so a resumed run sees the same batches.
         """
-        c = self.config
-        seed = c.seed * 1_000_003 + self.epoch
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
-        batches = order[self.step_in_epoch * c.batch_size : self.steps * c.batch_size].split(c.batch_size)
+        c, batches = self.config, self.order()
         self.started, self.shown = time.monotonic() - self.seconds, time.monotonic()
-        crops = self.data.train.crops(batches, c.image_size, views, scale, seed, c.workers)
+        crops = self.data.train.crops(batches, c.image_size, views, scale, self.view_seed(), c.workers)
         yield from zip(batches, crops, strict=True)
+
+    def view_seed(self) -> int:
+        """The seed of this epoch's order, and of the crops of streamed images."""
+        return self.config.seed * 1_000_003 + self.epoch
+
+    def order(self) -> Sequence[Tensor]:
+        """The image indices (B,) of each step that is left in this epoch."""
+        n, generator = self.config.batch_size, torch.Generator().manual_seed(self.view_seed())
+        order = torch.randperm(len(self.data.train), generator=generator)
+        return order[self.step_in_epoch * n : self.steps * n].split(n)
 
     def after_step(self, loss: Tensor, z: Tensor, lr: float, *views: Tensor) -> None:
         """Count a step; about once a second check the loss (the only wait for the device) and show where we are."""
@@ -1215,8 +1223,8 @@ class Run:
                 left = (self.total - self.step) * self.config.batch_size / speed
                 print(
                     f"\r\x1b[Kepoch {self.epoch + 1}/{self.config.epochs} step {self.step_in_epoch}/{self.steps} "
-                    f"loss {self.losses[-1]:.4f} std {feature_std(z):.4f} {speed:,.0f} images/s "
-                    f"{left / 60:.1f} min left",
+                    f"loss {self.losses[-1]:.4f} std {feature_std(z):.4f} (healthy {1 / math.sqrt(self.dim):.4f}) "
+                    f"rank {effective_rank(z):.1f} {speed:,.0f} images/s {left / 60:.1f} min left",
                     end="",
                     flush=True,
                 )
@@ -1349,15 +1357,15 @@ class Run:
         torchvision.utils.save_image(both, self.out / "views.png", nrow=len(views[0][:count]), pad_value=1)
 
     def curves(self) -> None:
-        """curves.png: loss, kNN, and feature std against 1/sqrt(d), by epoch; needs matplotlib."""
+        """curves.png: loss, kNN, feature std against 1/sqrt(d), and effective rank, by epoch; needs matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             print("no curves.png: matplotlib is not installed (pip install matplotlib)")
             return
-        figure = Figure(figsize=(12, 3.2), layout="constrained")
-        lines = {"loss": 1, "kNN top-1": 5, "feature std": 3}
-        for axes, (title, column) in zip(figure.subplots(1, 3), lines.items(), strict=True):
+        figure = Figure(figsize=(14, 3.2), layout="constrained")
+        lines = {"loss": 1, "kNN top-1": 5, "feature std": 3, "effective rank": 4}
+        for axes, (title, column) in zip(figure.subplots(1, 4), lines.items(), strict=True):
             points = [(row[0], row[column]) for row in self.rows if row[column] is not None]
             axes.plot([x for x, _ in points], [y for _, y in points], marker=".")
             axes.set(title=title, xlabel="epoch")
@@ -1366,4 +1374,6 @@ class Run:
                 axes.axhline(1 / math.sqrt(self.dim), color="grey", linestyle="--", label="1/sqrt(d)")
                 axes.set_ylim(0, 1.3 * max([1 / math.sqrt(self.dim), *(y for _, y in points)]))
                 axes.legend()
+            if column == 4:
+                axes.set_ylim(bottom=0)
         figure.savefig(self.out / "curves.png", dpi=110)
