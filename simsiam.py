@@ -1,0 +1,324 @@
+"""SimSiam: Exploring Simple Siamese Representation Learning.
+
+Chen, He, CVPR 2021, https://arxiv.org/abs/2011.10566
+
+Of an image two views are drawn. A predictor has to say from one view's output what the other's is, and no gradient
+flows through the other. There are no negatives, no momentum encoder and no large batch; without the stop-gradient
+all outputs collapse to one:
+
+    z_i = f(x_i)    p_i = h(z_i)    f is the backbone and a projection MLP                            (section 3)
+    D(p, z) = -(p / |p|) . (z / |z|)                                                                  (equation 1)
+    L = 1/2 D(p_1, stopgrad(z_2)) + 1/2 D(p_2, stopgrad(z_1))      a mean over N images, -1 to 1      (equation 4)
+
+The projection MLP is thrown away: the backbone's output h(x) is the representation (no kin of the predictor h).
+
+    paper                      here                                flag
+    f                          model.backbone, .projector          --backbone, --projection-dim, --projector-layers
+    h, its absence (table 1)   model.predictor                     --predictor, --predictor-lr, --predictor-dim
+    stopgrad (figure 2)        stop_gradient                       --no-stop-gradient
+    D (section 4.5)            DISTANCES                           --similarity
+    N (table 2)                config.batch_size                   --batch-size
+    BN in the heads (table 3)  layer                               --head-bn
+    symmetry (section 4.6)     PAIRS                               --symmetry
+    eta_x, k SGD steps (5.3)   Cache                               --alternate-every
+    eta_x, its mean (5.3)      Bank                                --target moving-average, --target-momentum
+
+    python simsiam.py                                       the demo: embedded data, two CPU cores, three minutes
+    python simsiam.py --data /my/photos --backbone resnet18 --batch-size 256
+
+Unlike the authors' code, pictures stay in [0, 1] (theirs have the data set's mean and deviation taken off), and the
+learning rate moves at every step (theirs at every epoch).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+from common import RunConfig, coin, where_drawn
+
+PAIRS = {  # (the view that predicts, the view that is predicted), counted from 0 (section 4.6)
+    "symmetric": [(0, 1), (1, 0)],
+    "asymmetric": [(0, 1)],
+    "asymmetric-2x": [(0, 1), (2, 3)],
+}
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    """SimSiam's flags. The defaults are the paper's ImageNet recipe; section and table numbers are the paper's."""
+
+    METHOD: ClassVar[str] = "simsiam"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {"data": "imagenet"},  # not downloadable: --data says where it is
+        "cifar": {  # appendix D
+            **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "epochs": 800, "lr": 0.03},
+            **{"weight_decay": 5e-4, "projector_layers": 2, "blur": False},
+        },
+        "demo": {  # ours: learns the shapes set on two CPU cores in about three minutes
+            **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 16, "batch_size": 64, "lr": 0.1},
+            **{"warmup_epochs": 1.0, "hidden_dim": 256, "projection_dim": 256, "predictor_dim": 64},
+            **{"projector_layers": 2, "crop_min_scale": 0.35, "blur": False},
+        },
+    }
+
+    stop_gradient: Annotated[bool, "no gradient through the predicted view; without it all collapses (4.1)"] = True
+    predictor: Annotated[
+        Literal["auto", "mlp", "none", "fixed"],
+        "h (table 1); fixed = at its random start; auto = mlp, or none with --target moving-average",
+    ] = "auto"
+    predictor_lr: Annotated[
+        Literal["decayed", "constant"], "of h (table 1: constant is 0.4 ahead, and stands in the paper's other tables)"
+    ] = "decayed"
+    predictor_dim: Annotated[int, "width of h's hidden layer (section 3); nothing with --predictor none", ">= 1"] = 512
+    projection_dim: Annotated[int, "d, width of z and p (section 3)", ">= 1"] = 2048
+    hidden_dim: Annotated[int, "width of the projector's hidden layers (section 3)", ">= 1"] = 2048
+    projector_layers: Annotated[int, "Linear layers of the projector (section 3; CIFAR, appendix D: 2)", ">= 1"] = 3
+    head_bn: Annotated[
+        Literal["none", "hidden", "default", "all"],
+        "BN in the heads: after no layer, the hidden ones, those and z, those and z and p (table 3)",
+    ] = "default"
+    similarity: Annotated[Literal["cosine", "cross-entropy"], "D (section 4.5)"] = "cosine"
+    symmetry: Annotated[
+        Literal["symmetric", "asymmetric", "asymmetric-2x"],
+        "predict each view from the other; one from the other; or so with two pairs of an image (section 4.6)",
+    ] = "symmetric"
+    alternate_every: Annotated[
+        int, "compute the targets of k steps before them, each epoch anew; 0 = of an epoch (section 5.3)", ">= 0"
+    ] = 1
+    target: Annotated[
+        Literal["batch", "moving-average"], "z of the other view, or its moving average for each image (section 5.3)"
+    ] = "batch"
+    target_momentum: Annotated[float, "m of the moving average (section 5.3)", "0 to 1"] = 0.8
+    crop_min_scale: Annotated[float, "least area of a crop; the most is 1 (appendix A)", "> 0, <= 1"] = 0.2
+    jitter_strength: Annotated[float, "times the colour jitter of 0.4, 0.4, 0.4, 0.1 (appendix A: 1)", ">= 0"] = 1.0
+    grey_probability: Annotated[float, "drop the colours, after the jitter (appendix A)", "0 to 1"] = 0.2
+    blur: Annotated[bool, "blur with probability 0.5 (appendix A; CIFAR: none)"] = True
+    epochs: Annotated[int, "passes over the training images (section 4: 100; best 800)", ">= 1"] = 100
+    batch_size: Annotated[int, "N, images in a step (section 3)", ">= 1"] = 512
+    lr: Annotated[float, "learning rate for N = 256; it is scaled by N/256 (section 3)", "> 0"] = 0.05
+    weight_decay: Annotated[float, "weight decay, on everything (section 3)", ">= 0"] = 1e-4
+    warmup_epochs: Annotated[
+        float, "epochs of linear warm-up, then a cosine to 0; nan = 10 from N = 1024 on, else 0 (section 4.3)", ">= 0"
+    ] = math.nan
+    out: Annotated[str, "folder of the run's files"] = "runs/simsiam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_epochs is math.nan:  # (this very nan: another one is an error)
+            self.warmup_epochs = 10.0 if self.batch_size >= 1024 else 0.0
+        if self.predictor == "auto":
+            self.predictor = "none" if self.target == "moving-average" else "mlp"
+        if self.jitter_strength > 5:
+            raise common.InputError(f"--jitter-strength {self.jitter_strength}: at most 5 (a hue shift of half a turn)")
+        average, ahead = self.target == "moving-average", self.alternate_every != 1
+        wrong = {
+            "--batch-size 1: BN has nothing to compare then; give 2 or more": self.batch_size == 1,
+            "--predictor-lr constant: there is no predictor that learns; leave it out": (
+                self.predictor_lr == "constant" and self.predictor != "mlp"
+            ),
+            "--head-bn all: there is no predictor whose output could have BN; take default": (
+                self.head_bn == "all" and self.predictor == "none"
+            ),
+            "--target-momentum: only --target moving-average has one; add it or leave this out": (
+                not average and self.target_momentum != 0.8
+            ),
+            "--alternate-every: the moving average moves at every step; leave one of the two out": average and ahead,
+            "--no-stop-gradient: no gradient can reach a moving average or the targets of earlier steps; leave it out, "
+            "or --target and --alternate-every": not self.stop_gradient and (average or ahead),
+        }
+        for message, given in wrong.items():
+            if given:
+                raise common.InputError(message)
+
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / 256
+
+    def culprits(self) -> str:
+        """What to tell a run whose output has collapsed: the flags that the paper shows to do that."""
+        flags = {
+            "--no-stop-gradient": not self.stop_gradient,
+            "--predictor none": self.predictor == "none" and self.target == "batch",
+            "--predictor fixed": self.predictor == "fixed",
+            f"--head-bn {self.head_bn}": self.head_bn in ("none", "all"),
+            f"--target-momentum {self.target_momentum:g}": self.target != "batch" and self.target_momentum in (0, 1),
+        }
+        found = [flag for flag, given in flags.items() if given]
+        return f"{' and '.join(found)} does that" if found else "try a lower --lr or a larger --batch-size"
+
+
+def augment(x: Tensor, config: Config) -> Tensor:
+    """T(x) after the crop (appendix A, which is MoCo v2's), a draw of its own for every image. x: (N, 3, H, W)."""
+    n, s = len(x), config.jitter_strength
+    x = common.color_jitter(x, common.random_jitter(n, 0.4 * s, 0.4 * s, 0.4 * s, 0.1 * s, 0.8))
+    x = where_drawn(x, coin(n, config.grey_probability), common.to_grey)
+    if config.blur:
+        kernel, sigma = max(3, config.image_size // 10 // 2 * 2 + 1), torch.empty(n).uniform_(0.1, 2.0)
+        x = where_drawn(x, coin(n, 0.5), lambda y, s: common.gaussian_blur(y, s, kernel), sigma)
+    return where_drawn(x, coin(n, 0.5), common.flip)
+
+
+def layer(inputs: int, outputs: int, bn: bool, relu: bool = True, affine: bool = True) -> list[nn.Module]:
+    """A Linear layer with what follows it. Before a BN a bias would be without effect, so there is none."""
+    parts = [nn.Linear(inputs, outputs, bias=not bn)]
+    parts += [nn.BatchNorm1d(outputs, affine=affine)] if bn else []
+    return parts + ([nn.ReLU(inplace=True)] if relu else [])
+
+
+class SimSiam(nn.Module):
+    """f and h. `model(x)` is z (N, `projection_dim`), `model.predictor(z)` is p, `model.backbone(x)` is kept.
+
+    The last BN of the projector has no scale and shift (the authors' code). Raises `InputError` for an unknown
+    backbone.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.backbone = common.build_backbone(config)
+        self.dim, hidden = config.projection_dim, config.hidden_dim
+        widths = [self.backbone.feature_dim] + [hidden] * (config.projector_layers - 1)
+        hidden_bn, z_bn = config.head_bn != "none", config.head_bn in ("default", "all")
+        layers = [layer(i, o, hidden_bn) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        layers += [layer(widths[-1], self.dim, z_bn, relu=False, affine=False)]
+        self.projector = nn.Sequential(*sum(layers, []))
+        self.predictor = nn.Identity()
+        if config.predictor != "none":  # a bottleneck (section 3)
+            first = layer(self.dim, config.predictor_dim, hidden_bn)
+            last = layer(config.predictor_dim, self.dim, config.head_bn == "all", relu=False)
+            self.predictor = nn.Sequential(*first, *last)
+        self.predictor.requires_grad_(config.predictor != "fixed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.backbone(x))
+
+
+def negative_cosine(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
+    """D(p, stopgrad(z)), equation 1, the mean over the N rows of p and z, (N, d), of any norm: -1 to 1."""
+    z = z.detach() if stop_gradient else z
+    return -(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
+
+
+def cross_entropy(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
+    """D(p, stopgrad(z)) = -softmax(z) . log softmax(p), over d pseudo-categories; else as `negative_cosine` (4.5)."""
+    z = z.detach() if stop_gradient else z
+    return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
+
+
+DISTANCES = {"cosine": negative_cosine, "cross-entropy": cross_entropy}
+
+
+class Cache(nn.Module):
+    """eta_x of the images of the next k steps, (k, N, views, d), from the network as it is before them (5.3).
+
+    The solver of theta (equation 7) then takes k SGD steps towards them, with views T(x) of its own.
+    """
+
+    def __init__(self, k: int, n: int, views: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("eta", torch.zeros(k, n, views, dim))
+
+    @torch.no_grad()
+    def fill(self, batches: Any, embed: Callable[[Tensor], Tensor]) -> None:
+        """From `batches` of crops, the views T'(x) in a list; there may be fewer than k at the end of an epoch."""
+        for i, crops in enumerate(batches):
+            self.eta[i] = torch.stack([embed(x) for x in crops], dim=1)
+
+
+class Bank(nn.Module):
+    """eta_x of each of M images, (M, d): the moving average of its z, in place of the predictor (section 5.3)."""
+
+    def __init__(self, images: int, dim: int, momentum: float) -> None:
+        super().__init__()
+        self.register_buffer("eta", torch.zeros(images, dim))  # so the first target is z itself, but for its norm
+        self.momentum = momentum
+
+    def update(self, index: Tensor, targets: list[Tensor]) -> list[Tensor]:
+        """eta_x <- m eta_x + (1 - m) z for the images index (N,): the mean over `targets` is stored, and each returned.
+
+        So what a view is to predict holds nothing of the view itself from this step.
+        """
+        index = index.to(self.eta.device)
+        moved = [self.momentum * self.eta[index] + (1 - self.momentum) * z.detach() for z in targets]
+        self.eta[index] = torch.stack(moved).mean(0)
+        return moved
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, write the run's files to `config.out`, and return the final metrics."""
+    device = common.prepare(config)
+    data = common.load_data(config, device)
+    common.fit_batch_size(config, len(data.train))
+    model = SimSiam(config).to(device, memory_format=torch.channels_last)
+    if config.compile:
+        for network in (model, model.predictor):
+            network.compile()
+    n, lr, pairs, distance = config.batch_size, config.peak_lr(), PAIRS[config.symmetry], DISTANCES[config.similarity]
+    views, online = 1 + max(map(max, pairs)), {i for i, _ in pairs}  # how many of an image, and which of them predict
+    steps = len(data.train) // n
+    k = min(config.alternate_every or steps, steps)
+    cache = Cache(k, n, views, model.dim).to(device) if config.alternate_every != 1 else None
+    bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
+
+    theta = [p for name, p in model.named_parameters() if not name.startswith("predictor.")]
+    theta_h = [p for p in model.predictor.parameters() if p.requires_grad]
+    groups = [{"params": theta, "constant": False}, {"params": theta_h, "constant": config.predictor_lr == "constant"}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"cache": cache} if cache else {})
+    run = common.Run(config, data, device, **parts | ({"bank": bank} if bank else {}))
+    run.header(
+        optimizer=f"sgd, momentum 0.9, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
+        f"{config.weight_decay:g} on everything; the predictor's lr {config.predictor_lr}",
+        loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and {len(pairs)} predictions of each",
+        targets=("z of the same step" if not cache else f"z from before each {k} steps") * (not bank)
+        + f"moving average of z, m {config.target_momentum:g}" * bool(bank)
+        + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
+    )
+
+    def embed(x: Tensor) -> Tensor:
+        with common.autocast(config, device):
+            return model(augment(x, config)).float()
+
+    model.train()
+    with run:
+        while run.epoch < config.epochs:
+            scale = (config.crop_min_scale, 1.0)
+            for index, crops in run.batches(views=views, scale=scale):
+                if cache and run.step_in_epoch % k == 0:  # of the coming steps, with views of their own
+                    seed = run.view_seed() + 2**40
+                    ahead = data.train.crops(run.order()[:k], config.image_size, views, scale, seed, config.workers)
+                    with common.still_statistics(model):
+                        cache.fill(ahead, embed)
+                x = [augment(crop, config) for crop in crops]
+                now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr if group["constant"] else now
+                optimizer.zero_grad()
+                with common.autocast(config, device):
+                    z = []
+                    for i, view in enumerate(x):  # one after the other: BN statistics are of one view
+                        with torch.set_grad_enabled(i in online or not config.stop_gradient):
+                            z.append(model(view))  # (N, d)
+                    p = {i: model.predictor(z[i]).float() for i in online}
+                targets = [cache.eta[run.step_in_epoch % k, :, j] if cache else z[j].float() for _, j in pairs]
+                if bank:
+                    targets = bank.update(index, targets)
+                losses = [distance(p[i], t, config.stop_gradient) for (i, _), t in zip(pairs, targets, strict=True)]
+                loss = sum(losses) / len(losses)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                run.after_step(loss, z[0], now, *x)
+            run.after_epoch(knn=lambda: common.knn_of(model.backbone, data, config), collapse_hint=config.culprits())
+    torch.manual_seed(config.seed)
+    return run.finish(untrained=SimSiam(config).to(device, memory_format=torch.channels_last))
+
+
+if __name__ == "__main__":
+    with common.exit_status():
+        train(common.parse_args(Config))
