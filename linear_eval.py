@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import common
 from common import InputError, RunConfig
 
-MODELS = {"simclr": "SimCLR", "moco": "MoCo", "supcon": "SupCon"}  # method file -> its model
+MODELS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "supcon": "SupCon"}  # file -> model
 
 
 class Published(NamedTuple):
