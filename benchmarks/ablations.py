@@ -5,8 +5,9 @@
     python benchmarks/ablations.py moco.momentum       one table
     python benchmarks/ablations.py moco --jobs 2       two runs at a time, one core each
 
-Prints each table as it is done and writes it to --out as CSV. kNN is that of h on the held-out images after the last
-epoch; loss, std and rank are the last epoch's, std over its healthy value 1/sqrt(d).
+Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too. kNN is that of
+h on the held-out images after the last epoch; loss, std and rank are the last epoch's, std over its healthy value
+1/sqrt(d).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN_IMAGES = 10_000  # of the shapes
 COLUMNS = ("flags", "kNN", "loss", "std", "rank", "seconds")
 
 # method -> table -> (what it asks, flags of every row, rows)
@@ -46,7 +48,59 @@ TABLES = {
             ["--mechanism queue", "--mechanism end-to-end", "--mechanism memory-bank"],
         ),
     },
+    "byol": {
+        "collapse": (
+            "what keeps the output from collapsing (BYOL, table 5, 300 epochs: moving average 72.5, momentum 0 0.3, "
+            "momentum 1 18.8, no predictor 0.2)",
+            "--epochs 6 --knn-every 1",
+            ["", "--momentum 0", "--momentum 1", "--no-predictor"],
+        ),
+        "symmetry": ("both directions or one, at equal epochs", "--epochs 6", ["", "--no-symmetric"]),
+    },
+    "simsiam": {
+        "collapse": (
+            "what keeps the output from collapsing (SimSiam, figure 2 and tables 1, 3: 67.7; no stop-gradient 0.1; "
+            "predictor none 0.1, fixed 1.5; BN in the heads none 34.6, hidden 67.4, all: unstable)",
+            "--epochs 6 --knn-every 1",
+            [
+                *["", "--no-stop-gradient", "--predictor none", "--predictor fixed"],
+                *["--head-bn none", "--head-bn hidden", "--head-bn all"],
+            ],
+        ),
+        "predictor-lr": (
+            "the predictor's learning rate (SimSiam, table 1: decayed 67.7, constant 68.1)",
+            "--epochs 6",
+            ["--predictor-lr decayed", "--predictor-lr constant"],
+        ),
+        "batch-size": (
+            "N, the learning rate scaled with it (SimSiam, table 2: 64 66.1, 128 67.3, 256 68.1, 512 68.1, 1024 68.0, "
+            "2048 67.9, 4096 64.0)",
+            "--epochs 6",
+            [f"--batch-size {n}" for n in (32, 64, 128, 256, 512)],
+        ),
+        "similarity": (
+            "D (SimSiam, section 4.5: cosine 68.1, cross-entropy 63.2)",
+            "--epochs 6",
+            ["--similarity cosine", "--similarity cross-entropy"],
+        ),
+        "symmetry": (
+            "which views are predicted (SimSiam, section 4.6: 68.1, asymmetric 64.8, with twice the pairs 67.3)",
+            "--epochs 6",
+            ["--symmetry symmetric", "--symmetry asymmetric", "--symmetry asymmetric-2x"],
+        ),
+        "alternation": (
+            "targets of k steps computed before them (SimSiam, section 5.3: 1 68.1, 10 68.7, 100 68.9, an epoch 67.0)",
+            "--epochs 6",
+            [f"--alternate-every {k}" for k in (1, 10, 100, 0)],
+        ),
+        "expectation": (
+            "a moving average of each image's z in place of the predictor (SimSiam, section 5.3: 55.0; neither: 0.1)",
+            "--epochs 6",
+            ["--target moving-average", "--predictor none"],
+        ),
+    },
 }
+PICTURES = ("byol.collapse", "simsiam.collapse")  # tables whose runs are drawn over steps, too
 
 
 def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
@@ -61,6 +115,31 @@ def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
     dim = json.loads((out / "config.json").read_text())["projection_dim"]
     knn, loss, std, rank = (float(row[c]) for c in ("knn_top1", "loss", "feature_std", "effective_rank"))
     return [flags, f"{knn:.3f}", f"{loss:.3f}", f"{std * dim**0.5:.2f}", f"{rank:.1f}", seconds]
+
+
+def draw(runs: list[Path], names: list[str], path: Path) -> None:
+    """Loss, std over its healthy value, and kNN of each run over its steps, from the runs' logs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = {"loss": "loss", "std / healthy": "feature_std", "kNN top-1 of h": "knn_top1"}
+    for axes, (title, column) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            if not (run / "log.csv").exists():
+                continue
+            config = json.loads((run / "config.json").read_text())
+            rows = [row for row in csv.DictReader((run / "log.csv").open()) if row[column]]
+            scale = config["projection_dim"] ** 0.5 if column == "feature_std" else 1.0
+            steps = TRAIN_IMAGES // config["batch_size"]
+            x, y = [int(row["epoch"]) * steps for row in rows], [float(row[column]) * scale for row in rows]
+            axes.plot(x, y, marker=".", linestyle="-" if i == 0 else ("--", ":", "-.")[i % 3], label=name or "default")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -90,7 +169,9 @@ def main() -> None:
         print(f"\n{full}: {question}\nevery row: python {method}.py {shared} {args.more}\n")
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
         for row, cells in zip(rows, found, strict=True):
-            print("| " + " | ".join([f"`{row}`", *cells[1:]]) + " |")
+            print("| " + " | ".join([f"`{row}`" if row else "default", *cells[1:]]) + " |")
+        if full in PICTURES:
+            draw([out / str(i) for i in range(len(rows))], rows, Path(args.out).resolve() / f"{full}.png")
         print(
             f"\n{time.monotonic() - started:.0f} s, {args.jobs} at a time, {threads} thread(s) each; "
             f"{os.cpu_count()} cores",
