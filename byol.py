@@ -52,7 +52,7 @@ class Config(RunConfig):
         "paper": {"data": "imagenet"},  # not downloadable: --data says where it is
         "paper-300": SHORTER | {"epochs": 300, "lr": 0.3},
         "paper-100": SHORTER | {"epochs": 100, "lr": 0.45},
-        "cifar": {  # ours, since the paper does not pretrain on CIFAR-10: SimCLR's views, short enough for SGD
+        "cifar": {  # ours, since the paper does not pretrain on CIFAR-10: its views without the blur
             **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "epochs": 800, "batch_size": 256},
             **{"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.99, "hidden_dim": 2048},
             **{"blur_1": 0.0, "blur_2": 0.0},
@@ -108,7 +108,8 @@ class Config(RunConfig):
         """What to tell a run whose output has collapsed: the flags that the paper shows to do that (table 5)."""
         flags = {"--momentum 0": self.momentum == 0, "--no-predictor": not self.predictor}
         found = [flag for flag, given in flags.items() if given]
-        return f"{' and '.join(found)} does that" if found else "try a lower --lr or a larger --momentum"
+        other = "try a lower --lr" + " or a larger --momentum" * (self.momentum < 1)
+        return f"{' and '.join(found)} does that" if found else other
 
 
 def augment(x: Tensor, config: Config, blur: float, solarize: float) -> Tensor:
@@ -205,7 +206,7 @@ def train(config: Config) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = now
                 optimizer.zero_grad()
-                loss, zs = 0.0, []
+                loss, qs = 0.0, []
                 for v, other in [(v1, v2), (v2, v1)] if config.symmetric else [(v1, v2)]:
                     with common.autocast(config, device):  # the views one after the other: BN statistics are of one
                         z = model(v)  # (N, d)
@@ -213,12 +214,12 @@ def train(config: Config) -> dict[str, Any]:
                         with torch.no_grad():
                             z_target = model.target(other)
                     loss = loss + byol_loss(q.float(), z_target.float())
-                    zs.append(z)
+                    qs.append(q)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 model.update_target(tau_at(run.step, run.total, config.momentum))  # after the step (section 3.2)
-                run.after_step(loss, zs[0], now, v1, v2)
+                run.after_step(loss, qs[0], now, v1, v2)
             run.after_epoch(knn=lambda: common.knn_of(model.backbone, data, config), collapse_hint=config.culprits())
     torch.manual_seed(config.seed)
     return run.finish(untrained=BYOL(config).to(device, memory_format=torch.channels_last))

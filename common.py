@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -1221,13 +1222,12 @@ class Run:
             if self.live:
                 speed = self.step_in_epoch * self.config.batch_size / self.seconds
                 left = (self.total - self.step) * self.config.batch_size / speed
-                print(
-                    f"\r\x1b[Kepoch {self.epoch + 1}/{self.config.epochs} step {self.step_in_epoch}/{self.steps} "
-                    f"loss {self.losses[-1]:.4f} std {feature_std(z):.4f} (healthy {1 / math.sqrt(self.dim):.4f}) "
-                    f"rank {effective_rank(z):.1f} {speed:,.0f} images/s {left / 60:.1f} min left",
-                    end="",
-                    flush=True,
+                line = (
+                    f"epoch {self.epoch + 1}/{self.config.epochs} step {self.step_in_epoch}/{self.steps} "
+                    f"loss {self.losses[-1]:.4f} std {feature_std(z) * math.sqrt(self.dim):.2f} of healthy "
+                    f"rank {effective_rank(z[:512]):.1f} {speed:,.0f} images/s {left / 60:.1f} min left"
                 )
+                print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if self.stop and self.step_in_epoch < self.steps:
             self.interrupt()
 

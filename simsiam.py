@@ -128,6 +128,9 @@ class Config(RunConfig):
             "--target-momentum: only --target moving-average has one; add it or leave this out": (
                 not average and self.target_momentum != 0.8
             ),
+            "--similarity cross-entropy: the moving average is of vectors of length 1; take cosine": (
+                average and self.similarity == "cross-entropy"
+            ),
             "--alternate-every: the moving average moves at every step; leave one of the two out": average and ahead,
             "--no-stop-gradient: no gradient can reach a moving average or the targets of earlier steps; leave it out, "
             "or --target and --alternate-every": not self.stop_gradient and (average or ahead),
@@ -140,12 +143,11 @@ class Config(RunConfig):
         return self.lr * self.batch_size / 256
 
     def culprits(self) -> str:
-        """What to tell a run whose output has collapsed: the flags that the paper shows to do that."""
+        """What to tell a run whose output has collapsed: the flags that do that (figure 2, tables 1 and 3)."""
         flags = {
             "--no-stop-gradient": not self.stop_gradient,
             "--predictor none": self.predictor == "none" and self.target == "batch",
-            "--predictor fixed": self.predictor == "fixed",
-            f"--head-bn {self.head_bn}": self.head_bn in ("none", "all"),
+            "--head-bn none": self.head_bn == "none",
             f"--target-momentum {self.target_momentum:g}": self.target != "batch" and self.target_momentum in (0, 1),
         }
         found = [flag for flag, given in flags.items() if given]
@@ -213,37 +215,43 @@ DISTANCES = {"cosine": negative_cosine, "cross-entropy": cross_entropy}
 
 
 class Cache(nn.Module):
-    """eta_x of the images of the next k steps, (k, N, views, d), from the network as it is before them (5.3).
+    """eta_x of the images of the next k steps, (k, N, pairs, d), from the network as it is before them (5.3).
 
     The solver of theta (equation 7) then takes k SGD steps towards them, with views T(x) of its own.
     """
 
-    def __init__(self, k: int, n: int, views: int, dim: int) -> None:
+    def __init__(self, k: int, n: int, pairs: int, dim: int) -> None:
         super().__init__()
-        self.register_buffer("eta", torch.zeros(k, n, views, dim))
+        self.register_buffer("eta", torch.zeros(k, n, pairs, dim))
 
     @torch.no_grad()
-    def fill(self, batches: Any, embed: Callable[[Tensor], Tensor]) -> None:
+    def fill(self, batches: Any, predicted: list[int], embed: Callable[[Tensor], Tensor]) -> None:
         """From `batches` of crops, the views T'(x) in a list; there may be fewer than k at the end of an epoch."""
         for i, crops in enumerate(batches):
-            self.eta[i] = torch.stack([embed(x) for x in crops], dim=1)
+            self.eta[i] = torch.stack([embed(crops[j]) for j in predicted], dim=1)
 
 
 class Bank(nn.Module):
-    """eta_x of each of M images, (M, d): the moving average of its z, in place of the predictor (section 5.3)."""
+    """eta_x of each of M images, (M, d): the moving average of its z / |z|, in place of the predictor (section 5.3).
+
+    It starts at random unit vectors, as a memory bank does: from zeros, the first epoch would predict z itself, which
+    collapses.
+    """
 
     def __init__(self, images: int, dim: int, momentum: float) -> None:
         super().__init__()
-        self.register_buffer("eta", torch.zeros(images, dim))  # so the first target is z itself, but for its norm
+        self.register_buffer("eta", F.normalize(torch.randn(images, dim), dim=1))
         self.momentum = momentum
 
     def update(self, index: Tensor, targets: list[Tensor]) -> list[Tensor]:
-        """eta_x <- m eta_x + (1 - m) z for the images index (N,): the mean over `targets` is stored, and each returned.
+        """eta_x <- m eta_x + (1 - m) z/|z| for the images index (N,): the mean over `targets` is stored, each returned.
 
         So what a view is to predict holds nothing of the view itself from this step.
         """
         index = index.to(self.eta.device)
-        moved = [self.momentum * self.eta[index] + (1 - self.momentum) * z.detach() for z in targets]
+        moved = [
+            self.momentum * self.eta[index] + (1 - self.momentum) * F.normalize(z.detach(), dim=1) for z in targets
+        ]
         self.eta[index] = torch.stack(moved).mean(0)
         return moved
 
@@ -261,7 +269,7 @@ def train(config: Config) -> dict[str, Any]:
     views, online = 1 + max(map(max, pairs)), {i for i, _ in pairs}  # how many of an image, and which of them predict
     steps = len(data.train) // n
     k = min(config.alternate_every or steps, steps)
-    cache = Cache(k, n, views, model.dim).to(device) if config.alternate_every != 1 else None
+    cache = Cache(k, n, len(pairs), model.dim).to(device) if config.alternate_every != 1 else None
     bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
 
     theta = [p for name, p in model.named_parameters() if not name.startswith("predictor.")]
@@ -271,13 +279,13 @@ def train(config: Config) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"cache": cache} if cache else {})
     run = common.Run(config, data, device, **parts | ({"bank": bank} if bank else {}))
+    kept = f"z from before each {k} steps, {cache.eta.nbytes / 1e6:,.0f} MB" if cache else "z of the same step"
+    kept = f"moving average of z / |z|, m {config.target_momentum:g}" if bank else kept
     run.header(
         optimizer=f"sgd, momentum 0.9, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
         f"{config.weight_decay:g} on everything; the predictor's lr {config.predictor_lr}",
         loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and {len(pairs)} predictions of each",
-        targets=("z of the same step" if not cache else f"z from before each {k} steps") * (not bank)
-        + f"moving average of z, m {config.target_momentum:g}" * bool(bank)
-        + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
+        targets=kept + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
     )
 
     def embed(x: Tensor) -> Tensor:
@@ -293,19 +301,20 @@ def train(config: Config) -> dict[str, Any]:
                     seed = run.view_seed() + 2**40
                     ahead = data.train.crops(run.order()[:k], config.image_size, views, scale, seed, config.workers)
                     with common.still_statistics(model):
-                        cache.fill(ahead, embed)
+                        cache.fill(ahead, [j for _, j in pairs], embed)
                 x = [augment(crop, config) for crop in crops]
                 now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr if group["constant"] else now
                 optimizer.zero_grad()
                 with common.autocast(config, device):
-                    z = []
-                    for i, view in enumerate(x):  # one after the other: BN statistics are of one view
+                    z = {}
+                    for i in sorted(online if cache else online | {j for _, j in pairs}):
                         with torch.set_grad_enabled(i in online or not config.stop_gradient):
-                            z.append(model(view))  # (N, d)
+                            z[i] = model(x[i])  # (N, d), one after the other: BN statistics are of one view
                     p = {i: model.predictor(z[i]).float() for i in online}
-                targets = [cache.eta[run.step_in_epoch % k, :, j] if cache else z[j].float() for _, j in pairs]
+                eta = cache.eta[run.step_in_epoch % k] if cache else None  # (N, pairs, d)
+                targets = [eta[:, m] if cache else z[j].float() for m, (_, j) in enumerate(pairs)]
                 if bank:
                     targets = bank.update(index, targets)
                 losses = [distance(p[i], t, config.stop_gradient) for (i, _), t in zip(pairs, targets, strict=True)]

@@ -5,9 +5,9 @@
     python benchmarks/ablations.py moco.momentum       one table
     python benchmarks/ablations.py moco --jobs 2       two runs at a time, one core each
 
-Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too. kNN is that of
-h on the held-out images after the last epoch; loss, std and rank are the last epoch's, std over its healthy value
-1/sqrt(d).
+Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too; exits 1 when a
+run failed. kNN is that of h on the held-out images after the last epoch; loss, std and rank are the last epoch's, std
+over its healthy value 1/sqrt(d).
 """
 
 import argparse
@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN_IMAGES = 10_000  # of the shapes
 COLUMNS = ("flags", "kNN", "loss", "std", "rank", "seconds")
 
 # method -> table -> (what it asks, flags of every row, rows)
@@ -100,7 +99,7 @@ TABLES = {
         ),
     },
 }
-PICTURES = ("byol.collapse", "simsiam.collapse")  # tables whose runs are drawn over steps, too
+PICTURES = ("byol.collapse", "simsiam.collapse")  # tables whose runs are drawn, too
 
 
 def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
@@ -118,7 +117,7 @@ def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
 
 
 def draw(runs: list[Path], names: list[str], path: Path) -> None:
-    """Loss, std over its healthy value, and kNN of each run over its steps, from the runs' logs."""
+    """Loss, std over its healthy value, and kNN of each run over its epochs, from the runs' logs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -133,16 +132,15 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
             config = json.loads((run / "config.json").read_text())
             rows = [row for row in csv.DictReader((run / "log.csv").open()) if row[column]]
             scale = config["projection_dim"] ** 0.5 if column == "feature_std" else 1.0
-            steps = TRAIN_IMAGES // config["batch_size"]
-            x, y = [int(row["epoch"]) * steps for row in rows], [float(row[column]) * scale for row in rows]
+            x, y = [int(row["epoch"]) for row in rows], [float(row[column]) * scale for row in rows]
             axes.plot(x, y, marker=".", linestyle="-" if i == 0 else ("--", ":", "-.")[i % 3], label=name or "default")
-        axes.set(title=title, xlabel="step")
+        axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", nargs="*", help="method or method.table (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
@@ -151,9 +149,9 @@ def main() -> None:
     args = parser.parse_args()
     known = [f"{method}.{name}" for method, tables in TABLES.items() for name in tables]
     wanted = [full for full in known if not args.table or {full, full.split(".")[0]} & set(args.table)]
-    if not wanted:
+    if set(args.table) - {*known, *TABLES}:
         parser.error(f"no such table; take some of {', '.join([*TABLES, *known])}")
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads, failed = max(1, (os.cpu_count() or 1) // args.jobs), 0
     for full in wanted:
         method, name = full.split(".")
         question, shared, rows = TABLES[method][name]
@@ -164,6 +162,7 @@ def main() -> None:
                 for i, row in enumerate(rows)
             ]
             found = [job.result() for job in jobs]
+        failed += sum(cells[1] == "failed" for cells in found)
         with open(out.with_suffix(out.suffix + ".csv"), "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *found])
         print(f"\n{full}: {question}\nevery row: python {method}.py {shared} {args.more}\n")
@@ -177,7 +176,8 @@ def main() -> None:
             f"{os.cpu_count()} cores",
             flush=True,
         )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -315,20 +315,23 @@ def test_targets_ahead_have_views_of_their_own_and_leave_the_statistics(few_shap
 def test_the_bank_is_a_moving_average():
     torch.manual_seed(0)
     bank, z, later = simsiam.Bank(6, 4, 0.8), torch.randn(2, 4), torch.randn(2, 4)
-    first = bank.update(torch.tensor([4, 1]), [z.requires_grad_()])
-    assert torch.allclose(F.normalize(first[0], dim=1), F.normalize(z, dim=1)) and not first[0].requires_grad
+    start, unit = bank.eta.clone(), lambda x: F.normalize(x.detach(), dim=1)
+    assert torch.allclose(start.norm(dim=1), torch.ones(6)) and start.unique(dim=0).shape == (6, 4)
+    (first,) = bank.update(torch.tensor([4, 1]), [z.requires_grad_()])
+    assert torch.allclose(first, 0.8 * start[[4, 1]] + 0.2 * unit(z)) and not first.requires_grad
     (second,) = bank.update(torch.tensor([4, 1]), [later])
-    assert torch.allclose(second, 0.8 * 0.2 * z.detach() + 0.2 * later)
-    assert torch.equal(bank.eta[[4, 1]], second) and not bank.eta[[0, 2, 3, 5]].any()
+    assert torch.allclose(second, 0.8 * first + 0.2 * unit(later))
+    assert torch.equal(bank.eta[[4, 1]], second) and torch.equal(bank.eta[[0, 2, 3, 5]], start[[0, 2, 3, 5]])
     before, (a, b) = bank.eta[[1]].clone(), torch.randn(2, 1, 4)  # two views: each target holds its own view alone
     one, two = bank.update(torch.tensor([1]), [a, b])
-    assert torch.allclose(one, 0.8 * before + 0.2 * a) and torch.allclose(two, 0.8 * before + 0.2 * b)
+    assert torch.allclose(one, 0.8 * before + 0.2 * unit(a)) and torch.allclose(two, 0.8 * before + 0.2 * unit(b))
     assert torch.allclose(bank.eta[[1]], (one + two) / 2)
 
 
 def test_a_run_predicts_the_moving_average_of_the_other_view(few_shapes, tmp_path, monkeypatch):
-    pairs, zs, forward = [], [], simsiam.SimSiam.forward
+    pairs, zs, forward, starts, update = [], [], simsiam.SimSiam.forward, [], simsiam.Bank.update
     monkeypatch.setattr(simsiam.SimSiam, "forward", lambda self, x: zs.append(forward(self, x)) or zs[-1])
+    monkeypatch.setattr(simsiam.Bank, "update", lambda bank, *a: (starts.append(bank.eta.clone()), update(bank, *a))[1])
     monkeypatch.setitem(
         simsiam.DISTANCES, "cosine", lambda p, z, stop: pairs.append((p, z)) or simsiam.negative_cosine(p, z, stop)
     )
@@ -336,10 +339,11 @@ def test_a_run_predicts_the_moving_average_of_the_other_view(few_shapes, tmp_pat
     simsiam.train(c)
     (z1, z2), ((p1, t1), (p2, t2)) = zs[:2], pairs
     assert torch.equal(p1, z1) and torch.equal(p2, z2)  # no predictor
-    assert torch.allclose(t1, 0.2 * z2) and torch.allclose(t2, 0.2 * z1)
-    eta = saved(tmp_path, "bank")["eta"]
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(eta[order[:120]], 0.1 * (z1 + z2).detach(), atol=1e-6) and not eta[order[120:]].any()
+    order, eta = torch.randperm(200, generator=torch.Generator().manual_seed(0)), saved(tmp_path, "bank")["eta"]
+    old, u1, u2 = 0.8 * starts[0][order[:120]], *(0.2 * F.normalize(z.detach(), dim=1) for z in (z1, z2))
+    assert torch.allclose(t1, old + u2, atol=1e-6) and torch.allclose(t2, old + u1, atol=1e-6)
+    assert torch.allclose(eta[order[:120]], old + (u1 + u2) / 2, atol=1e-6)
+    assert torch.equal(eta[order[120:]], starts[0][order[120:]])
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -430,7 +434,7 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
     [
         ({"stop_gradient": False}, "--no-stop-gradient does that"),
         ({"predictor": "none", "head_bn": "none"}, "--predictor none and --head-bn none does that"),
-        ({"predictor": "fixed"}, "--predictor fixed does that"),
+        ({"predictor": "fixed"}, "try a lower --lr"),
         ({"target": "moving-average"}, "try a lower --lr"),
         ({}, "try a lower --lr"),
     ],
