@@ -80,6 +80,7 @@ class Config(RunConfig):
     crop_min_scale: Annotated[float, "least area of a crop; the most is 1 (appendix B)", "> 0, <= 1"] = 0.08
     jitter_strength: Annotated[float, "times the colour jitter of 0.4, 0.4, 0.2, 0.1 (table 6: 1)", ">= 0"] = 1.0
     grey_probability: Annotated[float, "drop the colours, after the jitter (table 6)", "0 to 1"] = 0.2
+    rotate: Annotated[bool, "random quarter turns (not in the paper; for pictures that have no upright)"] = False
     blur_1: Annotated[float, "probability that the first view is blurred (table 6)", "0 to 1"] = 1.0
     blur_2: Annotated[float, "the same for the second view", "0 to 1"] = 0.1
     solarize_1: Annotated[float, "probability that the first view's bright pixels are inverted (table 6)", "0 to 1"] = (
@@ -108,8 +109,9 @@ class Config(RunConfig):
         """What to tell a run whose output has collapsed: the flags that the paper shows to do that (table 5)."""
         flags = {"--momentum 0": self.momentum == 0, "--no-predictor": not self.predictor}
         found = [flag for flag, given in flags.items() if given]
-        other = "try a lower --lr" + " or a larger --momentum" * (self.momentum < 1)
-        return f"{' and '.join(found)} does that" if found else other
+        if not found:
+            return "try a lower --lr" + " or a larger --momentum" * (self.momentum < 1)
+        return f"{' and '.join(found)} {'do' if len(found) > 1 else 'does'} that"
 
 
 def augment(x: Tensor, config: Config, blur: float, solarize: float) -> Tensor:
@@ -120,6 +122,8 @@ def augment(x: Tensor, config: Config, blur: float, solarize: float) -> Tensor:
     """
     n, s = len(x), config.jitter_strength
     x = where_drawn(x, coin(n, 0.5), common.flip)
+    if config.rotate:
+        x = common.rotate(x, torch.randint(4, (n,)))
     x = common.color_jitter(x, common.random_jitter(n, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s, 0.8))
     x = where_drawn(x, coin(n, config.grey_probability), common.to_grey)
     if blur > 0:

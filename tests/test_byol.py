@@ -253,9 +253,11 @@ def test_the_two_views_differ_in_blur_and_solarization(monkeypatch, few_shapes, 
         original = getattr(common, name)
         monkeypatch.setattr(common, name, lambda *a: calls.append((name, a)) or original(*a))
 
-    for name in ("flip", "random_jitter", "color_jitter", "to_grey", "gaussian_blur", "solarize"):
+    for name in ("flip", "rotate", "random_jitter", "color_jitter", "to_grey", "gaussian_blur", "solarize"):
         spy(name)
-    c = config(epochs=1, batch_size=200, knn_every=0, blur_1=1.0, blur_2=0.1, solarize_2=0.2, out=str(tmp_path))
+    views = {"blur_1": 1.0, "blur_2": 0.1, "solarize_2": 0.2, "rotate": False}
+    views |= {"jitter_strength": 1.0, "grey_probability": 0.2}
+    c = config(epochs=1, batch_size=200, knn_every=0, out=str(tmp_path), **views)
     byol.train(c)
     first = ["flip", "random_jitter", "color_jitter", "to_grey", "gaussian_blur"]
     assert [name for name, _ in calls] == [*first, *first, "solarize"]
@@ -264,6 +266,11 @@ def test_the_two_views_differ_in_blur_and_solarization(monkeypatch, few_shapes, 
     assert counts[0] == 200 and 5 <= counts[1] <= 40 and 20 <= counts[2] <= 65
     greys = [len(a[0]) for name, a in calls if name == "to_grey"]
     assert all(20 <= n <= 65 for n in greys)
+    calls.clear()
+    c = byol.Config(image_size=32, rotate=True, jitter_strength=2.0, grey_probability=1.0)
+    byol.augment(torch.rand(64, 3, 32, 32), c, blur=0.0, solarize=1.0)
+    assert [name for name, _ in calls] == ["flip", "rotate", "random_jitter", "color_jitter", "to_grey", "solarize"]
+    assert calls[2][1] == (64, 0.8, 0.8, 0.4, 0.2, 0.8) and set(calls[1][1][1].tolist()) == {0, 1, 2, 3}
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -326,6 +333,7 @@ def test_streamed_images_without_labels(tmp_path):
         (["--momentum", "1.5"], "--momentum 1.5: must be 0 to 1"),
         (["--blur-1", "-1"], "--blur-1 -1.0: must be 0 to 1"),
         (["--batch-size", "1"], "--batch-size 1:"),
+        (["--jitter-strength", "6"], "--jitter-strength 6.0: at most 5"),
         (["--optimizer", "adam"], "--optimizer"),
         (["--preset", "paper-200"], "--preset"),
         (["--loss-backend", "naive"], "unknown flag --loss-backend"),
@@ -344,7 +352,7 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
     [
         ({"momentum": 0.0}, "--momentum 0 does that"),
         ({"predictor": False}, "--no-predictor does that"),
-        ({"predictor": False, "momentum": 0.0}, "--momentum 0 and --no-predictor does that"),
+        ({"predictor": False, "momentum": 0.0}, "--momentum 0 and --no-predictor do that"),
         ({}, "try a lower --lr or a larger --momentum"),
     ],
     ids=str,

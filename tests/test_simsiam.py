@@ -241,19 +241,22 @@ def test_augmentation_is_moco_v2s(monkeypatch):
         original = getattr(common, name)
         monkeypatch.setattr(common, name, lambda *a: calls.append((name, a)) or original(*a))
 
-    for name in ("random_jitter", "color_jitter", "to_grey", "gaussian_blur", "flip"):
+    for name in ("random_jitter", "color_jitter", "to_grey", "gaussian_blur", "rotate", "flip"):
         spy(name)
     torch.manual_seed(0)
     x = torch.rand(64, 3, 32, 32)
-    out = simsiam.augment(x.clone(), config(blur=True))
+    out = simsiam.augment(x.clone(), simsiam.Config(image_size=32))
     assert out.shape == x.shape and out.min() >= -1e-6 and out.max() <= 1 + 1e-6
     assert [name for name, _ in calls] == ["random_jitter", "color_jitter", "to_grey", "gaussian_blur", "flip"]
     assert calls[0][1] == (64, 0.4, 0.4, 0.4, 0.1, 0.8)
     counts = {name: len(a[0]) for name, a in calls[2:]}
     assert 4 <= counts["to_grey"] <= 24 and 20 <= counts["gaussian_blur"] <= 44 and 20 <= counts["flip"] <= 44
     calls.clear()
-    simsiam.augment(x.clone(), config(blur=False))
-    assert "gaussian_blur" not in [name for name, _ in calls]
+    c = simsiam.Config(image_size=32, blur=False, rotate=True, jitter_strength=2.0, grey_probability=1.0)
+    simsiam.augment(x.clone(), c)
+    assert [name for name, _ in calls] == ["random_jitter", "color_jitter", "to_grey", "rotate", "flip"]
+    assert calls[0][1] == (64, 0.8, 0.8, 0.8, 0.2, 0.8) and len(calls[2][1][0]) == 64
+    assert set(calls[3][1][1].tolist()) == {0, 1, 2, 3}
 
 
 # ------------------------------------------------------------------------------------------------ the EM reading
@@ -411,6 +414,7 @@ def test_streamed_images_without_labels(tmp_path):
         (["--alternate-every", "-1"], "--alternate-every -1: must be >= 0"),
         (["--target-momentum", "2"], "--target-momentum 2.0: must be 0 to 1"),
         (["--batch-size", "1"], "--batch-size 1:"),
+        (["--jitter-strength", "6"], "--jitter-strength 6.0: at most 5"),
         (["--warmup-epochs", "nan"], "--warmup-epochs nan: must be >= 0"),
         (["--predictor", "none", "--predictor-lr", "constant"], "--predictor-lr constant:"),
         (["--predictor", "fixed", "--predictor-lr", "constant"], "--predictor-lr constant:"),
@@ -433,7 +437,7 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
     "flags, named",
     [
         ({"stop_gradient": False}, "--no-stop-gradient does that"),
-        ({"predictor": "none", "head_bn": "none"}, "--predictor none and --head-bn none does that"),
+        ({"predictor": "none", "head_bn": "none"}, "--predictor none and --head-bn none do that"),
         ({"predictor": "fixed"}, "try a lower --lr"),
         ({"target": "moving-average"}, "try a lower --lr"),
         ({}, "try a lower --lr"),
