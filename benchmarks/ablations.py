@@ -51,7 +51,7 @@ TABLES = {
         "collapse": (
             "what keeps the output from collapsing (BYOL, table 5, 300 epochs: moving average 72.5, momentum 0 0.3, "
             "momentum 1 18.8, no predictor 0.2)",
-            "--epochs 6 --knn-every 1",
+            "--epochs 5 --knn-every 1",
             ["", "--momentum 0", "--momentum 1", "--no-predictor"],
         ),
         "symmetry": ("both directions or one, at equal epochs", "--epochs 6", ["", "--no-symmetric"]),
@@ -60,7 +60,7 @@ TABLES = {
         "collapse": (
             "what keeps the output from collapsing (SimSiam, figure 2 and tables 1, 3: 67.7; no stop-gradient 0.1; "
             "predictor none 0.1, fixed 1.5; BN in the heads none 34.6, hidden 67.4, all: unstable)",
-            "--epochs 6 --knn-every 1",
+            "--epochs 5 --knn-every 1",
             [
                 *["", "--no-stop-gradient", "--predictor none", "--predictor fixed"],
                 *["--head-bn none", "--head-bn hidden", "--head-bn all"],
@@ -151,7 +151,7 @@ def main() -> int:
     wanted = [full for full in known if not args.table or {full, full.split(".")[0]} & set(args.table)]
     if set(args.table) - {*known, *TABLES}:
         parser.error(f"no such table; take some of {', '.join([*TABLES, *known])}")
-    threads, failed = max(1, (os.cpu_count() or 1) // args.jobs), 0
+    threads, failed = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs)), 0
     for full in wanted:
         method, name = full.split(".")
         question, shared, rows = TABLES[method][name]
