@@ -58,7 +58,7 @@ TABLES = {
     },
     "simsiam": {
         "collapse": (
-            "what keeps the output from collapsing (SimSiam, figure 2 and tables 1, 3: 67.7; no stop-gradient 0.1; "
+            "what it needs (SimSiam, figure 2 and tables 1, 3: 67.7; no stop-gradient 0.1; "
             "predictor none 0.1, fixed 1.5; BN in the heads none 34.6, hidden 67.4, all: unstable)",
             "--epochs 5 --knn-every 1",
             [
