@@ -4,11 +4,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds (they run by default; skip: -m 'not slow')")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     torch.set_num_threads(1)  # small tensors; and no waiting where other processes use the cores
+
+
+@pytest.fixture
+def few_shapes(request, monkeypatch):
+    """`shapes` of 200 images, or the module's FEW_SHAPES, and no curves: a run then takes about a second."""
+    make, part = common.make_shapes, 10_000 // getattr(request.module, "FEW_SHAPES", 200)
+    monkeypatch.setattr(common.Run, "curves", lambda self: None)
+    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // part, seed, size))
 
 
 @pytest.fixture(scope="session")

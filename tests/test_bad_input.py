@@ -17,6 +17,8 @@ import simclr
 
 TINY = ["--data", "shapes", "--epochs", "1", "--batch-size", "64", "--knn-every", "0", "--preset", "demo"]
 
+FEW_SHAPES = 400
+
 
 def outcome(capsys, argv, main=None):
     """(exit status, stderr) of `python simclr.py ARGV`, without the price of a new process."""
@@ -36,12 +38,6 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
     return root
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    make = common.make_shapes
-    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // 25, seed, size))
 
 
 @pytest.mark.parametrize(

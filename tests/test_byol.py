@@ -16,6 +16,7 @@ from torch import nn
 import byol
 import common
 import linear_eval
+from tests.helpers import refusal, resumes_bit_for_bit, saved
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,26 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def config(**given):
     small = {"preset": "demo", "image_size": 16, "hidden_dim": 32, "projection_dim": 16, "warmup_epochs": 0.0}
     return byol.Config(**byol.Config.PRESETS["demo"] | small | given)
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    """A small `shapes`, and no pictures, so that a run inside a test takes less than a second."""
-    make = common.make_shapes
-    monkeypatch.setattr(common.Run, "curves", lambda self: None)
-    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // 50, seed, size))
-
-
-def saved(folder, part="model"):
-    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)[part]
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def start_of(c):
@@ -298,22 +279,7 @@ def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
 def test_an_interrupted_run_resumes_bit_for_bit(optimizer, few_shapes, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch; both networks, tau and the optimizer end where a whole run ends."""
     given = {"epochs": 3, "batch_size": 32, "knn_every": 0, "momentum": 0.9, "optimizer": optimizer}
-    byol.train(config(**given, out=str(tmp_path / "whole")))
-    after = common.Run.after_step
-
-    def stop_at_step_9(self, *rest):
-        self.stop = self.step == 8
-        after(self, *rest)
-
-    monkeypatch.setattr(common.Run, "after_step", stop_at_step_9)
-    with pytest.raises(KeyboardInterrupt):
-        byol.train(config(**given, out=str(tmp_path / "cut")))
-    assert saved(tmp_path / "cut", "step_in_epoch") == 3
-    monkeypatch.setattr(common.Run, "after_step", after)
-    torch.manual_seed(99)
-    byol.train(config(**given, resume=True, out=str(tmp_path / "cut")))
-    for part in ("model", "optimizer", "rng"):
-        assert equal(saved(tmp_path / "whole", part), saved(tmp_path / "cut", part))
+    resumes_bit_for_bit(byol, config, given, [], tmp_path, monkeypatch)
 
 
 def test_streamed_images_without_labels(tmp_path):
@@ -341,10 +307,7 @@ def test_streamed_images_without_labels(tmp_path):
     ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
 )
 def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop, common.exit_status():
-        byol.train(common.parse_args(byol.Config, ["--epochs", "1", "--out", str(tmp_path), *flags]))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err
+    assert words in refusal(byol, flags, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(

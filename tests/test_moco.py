@@ -15,19 +15,13 @@ from torch import nn
 import common
 import linear_eval
 import moco
+from tests.helpers import refusal, resumes_bit_for_bit, saved
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def config(**given):
     return moco.Config(**moco.Config.PRESETS["demo"] | {"preset": "demo", "hidden_dim": 32} | given)
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    """A small `shapes`, so that a run inside a test takes a second."""
-    make = common.make_shapes
-    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // 50, seed, size))
 
 
 def unit(*shape):
@@ -385,43 +379,16 @@ def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
 
 
-def state(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.mark.parametrize("mechanism", ["queue", "memory-bank"])
 def test_an_interrupted_run_resumes_bit_for_bit(mechanism, few_shapes, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch; queue, pointer, key encoder, memory bank and optimizer end where a whole
     run ends."""
     given = {"epochs": 3, "batch_size": 32, "knn_every": 0, "queue_size": 90, "mechanism": mechanism}
-    moco.train(config(**given, out=str(tmp_path / "whole")))
-    after = common.Run.after_step
-
-    def stop_at_step_9(self, *rest):
-        self.stop = self.step == 8
-        after(self, *rest)
-
-    monkeypatch.setattr(common.Run, "after_step", stop_at_step_9)
-    with pytest.raises(KeyboardInterrupt):
-        moco.train(config(**given, out=str(tmp_path / "cut")))
-    assert state(tmp_path / "cut")["step_in_epoch"] == 3
-    monkeypatch.setattr(common.Run, "after_step", after)
-    torch.manual_seed(99)
-    moco.train(config(**given, resume=True, out=str(tmp_path / "cut")))
-    whole, cut = state(tmp_path / "whole"), state(tmp_path / "cut")
-    parts = ["model", "optimizer", "rng"] + ["bank"] * (mechanism == "memory-bank")
-    assert all(equal(whole[part], cut[part]) for part in parts)
+    resumes_bit_for_bit(moco, config, given, ["bank"] * (mechanism == "memory-bank"), tmp_path, monkeypatch)
     if mechanism == "queue":
-        assert whole["model"]["pointer"] == 18 * 32 % 90
-        assert any(name.startswith("key_encoder.") for name in whole["model"])
+        whole = saved(tmp_path / "whole")
+        assert whole["pointer"] == 18 * 32 % 90
+        assert any(name.startswith("key_encoder.") for name in whole)
 
 
 @pytest.mark.parametrize(
@@ -442,10 +409,7 @@ def test_bad_input_is_one_line(flags, word, few_shapes, tmp_path, capsys, monkey
     if word == "--loss-backend" and torch.cuda.is_available():
         pytest.skip("triton runs here")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(SystemExit) as stop, common.exit_status():
-        moco.train(common.parse_args(moco.Config, [*flags, "--epochs", "1", "--out", str(tmp_path)]))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and word in err
+    assert word in refusal(moco, flags, tmp_path, capsys)
 
 
 def test_a_lowered_batch_lowers_its_groups(few_shapes, tmp_path, capsys):

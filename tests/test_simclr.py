@@ -19,18 +19,12 @@ import common
 import simclr
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_SHAPES = 400
 TINY = ["--epochs", "2", "--batch-size", "64", "--knn-every", "0", "--hidden-dim", "32"]
 
 
 def config(**given):
     return simclr.Config(**simclr.Config.PRESETS["demo"] | {"preset": "demo"} | given)
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    """A small `shapes`, so that a run inside a test takes a second."""
-    make = common.make_shapes
-    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // 25, seed, size))
 
 
 # ------------------------------------------------------------------------------------------------------ the loss

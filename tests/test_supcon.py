@@ -16,19 +16,14 @@ import common
 import linear_eval
 import simclr
 import supcon
+from tests.helpers import refusal, resumes_bit_for_bit
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_SHAPES = 400
 
 
 def config(**given):
     return supcon.Config(**supcon.Config.PRESETS["demo"] | {"preset": "demo"} | given)
-
-
-@pytest.fixture
-def few_shapes(monkeypatch):
-    """A small `shapes`, so that a run inside a test takes a second."""
-    make = common.make_shapes
-    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // 25, seed, size))
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -325,18 +320,6 @@ def test_stage_2_leaves_the_encoder_as_it_is(few_shapes, tmp_path):
     assert classifier.weight.shape == (10, 128)
 
 
-def state(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """240 pictures in class folders."""
@@ -356,24 +339,9 @@ def photos(tmp_path_factory):
 def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch; stage 1, and stage 2 or the baseline's classifier, end as in a whole run."""
     given = TINY | {"epochs": 2, "batch_size": 32, "data": str(photos)} | given  # 216 images: 6 steps, 24 left out
-    whole_run = supcon.train(config(**given, out=str(tmp_path / "whole")))
-    after = common.Run.after_step
-
-    def stop_at_step_9(self, *rest):
-        self.stop = self.step == 8
-        after(self, *rest)
-
-    monkeypatch.setattr(common.Run, "after_step", stop_at_step_9)
-    with pytest.raises(KeyboardInterrupt):
-        supcon.train(config(**given, out=str(tmp_path / "cut")))
-    assert state(tmp_path / "cut")["step_in_epoch"] == 3
-    monkeypatch.setattr(common.Run, "after_step", after)
-    torch.manual_seed(99)
-    resumed = supcon.train(config(**given, resume=True, out=str(tmp_path / "cut")))
-    whole, cut = state(tmp_path / "whole"), state(tmp_path / "cut")
-    parts = ["model", "optimizer", "rng"] + ["classifier"] * ("loss" in given)
-    assert all(equal(whole[part], cut[part]) for part in parts)
-    assert resumed["linear_top1"] == whole_run["linear_top1"]
+    parts = ["classifier"] * ("loss" in given)
+    whole, resumed = resumes_bit_for_bit(supcon, config, given, parts, tmp_path, monkeypatch)
+    assert resumed["linear_top1"] == whole["linear_top1"]
 
 
 def test_a_copied_file_runs_from_the_command_line(photos, tmp_path):
@@ -451,10 +419,7 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monke
     if words == "--loss-backend" and torch.cuda.is_available():
         pytest.skip("triton runs here")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(SystemExit) as stop, common.exit_status():
-        supcon.train(common.parse_args(supcon.Config, [*flags, "--epochs", "1", "--out", str(tmp_path)]))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err
+    assert words in refusal(supcon, flags, tmp_path, capsys)
 
 
 def test_data_without_labels_and_an_unfinished_stage_1(photos, few_shapes, tmp_path):

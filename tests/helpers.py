@@ -1,0 +1,51 @@
+"""What the tests of the method files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+
+def saved(folder, part="model"):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)[part]
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def resumes_bit_for_bit(method, config, given, parts, tmp_path, monkeypatch):
+    """Stop a run in the middle of an epoch of 6 steps and resume it: these parts of its checkpoint must equal those of
+    a whole run. Returns the metrics of both."""
+    whole = method.train(config(**given, out=str(tmp_path / "whole")))
+    after = common.Run.after_step
+
+    def stop_at_step_9(self, *rest):
+        self.stop = self.step == 8
+        after(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "after_step", stop_at_step_9)
+        with pytest.raises(KeyboardInterrupt):
+            method.train(config(**given, out=str(tmp_path / "cut")))
+    assert saved(tmp_path / "cut", "step_in_epoch") == 3
+    torch.manual_seed(99)
+    resumed = method.train(config(**given, resume=True, out=str(tmp_path / "cut")))
+    for part in ("model", "optimizer", "rng", *parts):
+        assert equal(saved(tmp_path / "whole", part), saved(tmp_path / "cut", part)), part
+    return whole, resumed
+
+
+def refusal(method, flags, tmp_path, capsys):
+    """The one line that flags which cannot be run are answered with."""
+    with pytest.raises(SystemExit) as stop, common.exit_status():
+        method.train(common.parse_args(method.Config, [*flags, "--epochs", "1", "--out", str(tmp_path)]))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
+    return err
