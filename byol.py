@@ -215,13 +215,13 @@ def train(config: Config) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = now
                 optimizer.zero_grad()
-                loss, qs = 0.0, []
+                loss, qs, micro = 0.0, [], config.micro_batch_size
                 for v, other in [(v1, v2), (v2, v1)] if config.symmetric else [(v1, v2)]:
                     with common.autocast(config, device):  # the views one after the other: BN statistics are of one
-                        z = model(v)  # (N, d)
+                        z = common.embed_in_pieces(model, micro, v)  # (N, d)
                         q = model.predictor(z)
                         with torch.no_grad():
-                            z_target = model.target(other)
+                            z_target = common.embed_in_pieces(model.target, micro, other)
                     loss = loss + byol_loss(q.float(), z_target.float())
                     qs.append(q)
                 scaler.scale(loss).backward()

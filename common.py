@@ -19,7 +19,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import functional as TF
 
@@ -110,6 +111,12 @@ class RunConfig:
     ] = 4.0
     epochs: Annotated[int, "passes over the training images", ">= 1"] = 100
     batch_size: Annotated[int, "images in a step (each gives two views)", ">= 1"] = 256
+    micro_batch_size: Annotated[
+        int,
+        "embed the batch in pieces of this many images, twice each: the loss of all N in the memory of a piece, but "
+        "BN sees a piece; 0 = off",
+        ">= 0",
+    ] = 0
     backbone: Annotated[str, "a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick"] = (
         "resnet50"
     )
@@ -143,6 +150,12 @@ class RunConfig:
                 raise InputError(f"{dashed(name)} {value}: must be {kind.__name__}")
             if bound and value is not default[name] and not (math.isfinite(value) and BOUNDS[bound](value)):
                 raise InputError(f"{dashed(name)} {value}: must be {bound}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise InputError(
+                f"--micro-batch-size {self.micro_batch_size}: must divide the batch size {self.batch_size}"
+            )
+        if self.micro_batch_size == 1:
+            raise InputError("--micro-batch-size 1: BN has nothing to compare then; give 2 or more")
 
 
 C = typing.TypeVar("C", bound=RunConfig)
@@ -898,7 +911,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 @contextmanager
 def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of every BN layer as they are, for a forward pass that will be repeated."""
+    """Leave the running statistics of every BN layer as they are, for a forward pass that is not to count."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [m.momentum for m in layers]
     for layer in layers:
@@ -908,6 +921,21 @@ def still_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, momentum in zip(layers, kept, strict=True):
             layer.momentum = momentum
+
+
+def embed_in_pieces(network: nn.Module, micro: int, *views: Tensor) -> Tensor:
+    """`network` of the views (N, 3, S, S) together: (V N, d), the first view's rows before the second's.
+
+    With `micro` > 0 in pieces of at most that many images, each with all its views. Their graphs are not kept: the
+    backward pass builds each anew, from the dL/dz of the whole batch, and frees it before the next. That is GradCache
+    (Gao et al. 2021, arXiv:2101.06983) by way of checkpoints; exact, but that BN sees pieces.
+    """
+    if not micro:
+        return network(torch.cat(views) if len(views) > 1 else views[0])
+    contexts = lambda: (nullcontext(), still_statistics(network))  # noqa: E731  (the second time for the graph alone)
+    pieces = zip(*(x.tensor_split(-(-len(x) // micro)) for x in views), strict=True)
+    out = [checkpoint(network, torch.cat(piece), use_reentrant=False, context_fn=contexts) for piece in pieces]
+    return torch.cat([torch.cat(z) for z in zip(*(z.chunk(len(views)) for z in out), strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------- optimisation
@@ -972,7 +1000,7 @@ def embed(
 ) -> Tensor:
     """`network`, its BN in eval mode, over the central views of a split (or of its images `index`): (N, d) float32."""
     index = torch.arange(len(images)) if index is None else index
-    batches = index.split(min(512, 2 * config.batch_size))
+    batches = index.split(min(512, 2 * (config.micro_batch_size or config.batch_size)))
     was = isinstance(network, nn.Module) and network.training
     if was:
         network.eval()
@@ -1168,6 +1196,8 @@ class Run:
         own = [f for f in flags(type(config)) if f not in flags(RunConfig) or f in ("seed", "warmup_epochs")]
         about |= lines | {"settings": ", ".join(f"{f.replace('_', '-')} {getattr(config, f)}" for f in own)}
         size = f"{config.epochs} epochs of batch {config.batch_size}"
+        if micro := config.micro_batch_size:
+            size += f", in pieces of {micro} (so is BN)"
         print(f"{config.METHOD}, preset {config.preset}, {size} -> {self.out}")
         for name, text in about.items():
             print(textwrap.fill(text, 116, initial_indent=f"  {name:10}", subsequent_indent=" " * 12), flush=True)

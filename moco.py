@@ -266,7 +266,8 @@ def encode(network: nn.Module, x: Tensor, config: Config, shuffle: bool = False)
     """
     order = torch.randperm(len(x)).to(x.device) if shuffle else torch.arange(len(x), device=x.device)
     with common.autocast(config, x.device):
-        out = torch.cat([network(group) for group in x[order].tensor_split(config.bn_splits)])
+        groups = x[order].tensor_split(config.bn_splits)
+        out = torch.cat([common.embed_in_pieces(network, config.micro_batch_size, group) for group in groups])
     return out[order.argsort()]
 
 

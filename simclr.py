@@ -87,11 +87,6 @@ class Config(RunConfig):
     projection_head: Annotated[Literal["none", "linear", "mlp"], "g (figure 8)"] = "mlp"
     hidden_dim: Annotated[int, "width of g's hidden layer; 0 = the width of h, as in the paper", ">= 0"] = 0
     projection_dim: Annotated[int, "width of z (section 4.1)", ">= 1"] = 128
-    micro_batch_size: Annotated[
-        int,
-        "embed the batch in pieces of this many images: the loss of all N in the memory of a piece; 0 = off",
-        ">= 0",
-    ] = 0
     augment: Annotated[str, f"augmentations in this order, of {', '.join(OPS)} (figure 5)"] = (
         "crop,flip,color,blur,solarize"
     )
@@ -116,10 +111,6 @@ class Config(RunConfig):
         for op in self.ops():
             if op not in OPS:
                 raise common.InputError(f"--augment {self.augment}: no {op!r}; take some of {', '.join(OPS)}")
-        if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
-            raise common.InputError(
-                f"--micro-batch-size {self.micro_batch_size}: must divide the batch size {self.batch_size}"
-            )
         if self.jitter_strength > 2.5:
             raise common.InputError(
                 f"--jitter-strength {self.jitter_strength}: at most 2.5 (a hue shift of half a turn)"
@@ -239,33 +230,6 @@ def choose_loss(config: Config, device: torch.device) -> tuple[Callable[[Tensor,
     return lambda z1, z2: fused_nt_xent(z1, z2, tau, backend=name), name
 
 
-def backward(
-    model: nn.Module, x1: Tensor, x2: Tensor, loss_of: Callable, micro: int, precision: Any, scaler: Any
-) -> tuple[Tensor, Tensor]:
-    """The loss of the whole batch and its gradients in the parameters; returns (loss, z).
-
-    With `micro` > 0 (GradCache, Gao et al. 2021, arXiv:2101.06983): embed the batch in pieces without a graph, take
-    dL/dz once on all of it, then embed each piece again to backpropagate its dL/dz. Exact, but that BN sees pieces.
-    """
-    if not micro:
-        with precision:
-            z = model(torch.cat([x1, x2]))  # (2N, d): BN statistics over both views
-        loss = loss_of(*z.chunk(2))
-        scaler.scale(loss).backward()
-        return loss, z
-    pieces = [torch.cat(pair) for pair in zip(x1.split(micro), x2.split(micro), strict=True)]
-    with torch.no_grad(), common.still_statistics(model), precision:
-        z = torch.stack([model(piece) for piece in pieces])  # (pieces, 2 micro, d)
-    z = z.unflatten(1, (2, micro)).transpose(0, 1).flatten(1, 2).requires_grad_()  # (2, N, d)
-    loss = loss_of(z[0], z[1])
-    scaler.scale(loss).backward()
-    for piece, dz in zip(pieces, z.grad.split(micro, dim=1), strict=True):
-        with precision:
-            out = model(piece)
-        out.backward(dz.flatten(0, 1).to(out.dtype))
-    return loss, z.flatten(0, 1)
-
-
 def train(config: Config) -> dict[str, Any]:
     """Train, write the run's files to `config.out`, and return the final metrics."""
     device = common.prepare(config)
@@ -302,7 +266,10 @@ def train(config: Config) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = now
                 optimizer.zero_grad()
-                loss, z = backward(network, x1, x2, loss_of, config.micro_batch_size, precision, scaler)
+                with precision:
+                    z = common.embed_in_pieces(network, config.micro_batch_size, x1, x2)  # (2N, d): BN over both views
+                loss = loss_of(*z.chunk(2))
+                scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 run.after_step(loss, z, now, x1, x2)

@@ -299,7 +299,7 @@ def train(config: Config) -> dict[str, Any]:
 
     def embed(x: Tensor) -> Tensor:
         with common.autocast(config, device):
-            return model(augment(x, config)).float()
+            return common.embed_in_pieces(model, config.micro_batch_size, augment(x, config)).float()
 
     model.train()
     with run:
@@ -320,7 +320,8 @@ def train(config: Config) -> dict[str, Any]:
                     z = {}
                     for i in sorted(online if cache else online | {j for _, j in pairs}):
                         with torch.set_grad_enabled(i in online or not config.stop_gradient):
-                            z[i] = model(x[i])  # (N, d), one after the other: BN statistics are of one view
+                            # (N, d), one view after the other: BN statistics are of one view
+                            z[i] = common.embed_in_pieces(model, config.micro_batch_size, x[i])
                     p = {i: model.predictor(z[i]).float() for i in online}
                 eta = cache.eta[run.step_in_epoch % k] if cache else None  # (N, pairs, d)
                 targets = [eta[:, m] if cache else z[j].float() for m, (_, j) in enumerate(pairs)]

@@ -329,7 +329,7 @@ def train(config: Config) -> dict[str, Any]:
                     group["lr"] = now
                 optimizer.zero_grad()
                 with precision:
-                    z = network(torch.cat([x1, x2]))  # (2N, d): BN statistics over both views
+                    z = common.embed_in_pieces(network, config.micro_batch_size, x1, x2)  # (2N, d): BN over both views
                 loss = loss_of(z, labels[index.to(device)].repeat(2), run.step / run.total)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)

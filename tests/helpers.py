@@ -42,6 +42,18 @@ def resumes_bit_for_bit(method, config, given, parts, tmp_path, monkeypatch):
     return whole, resumed
 
 
+def trains_in_pieces(method, config, given, tmp_path):
+    """One piece of N images changes nothing, to the bit; pieces of N / 4 run, and change what BN sees."""
+    given = {"epochs": 1, "batch_size": 32, "knn_every": 0} | given
+    for micro in (0, 32, 8):
+        method.train(config(**given, micro_batch_size=micro, out=str(tmp_path / str(micro))))
+    whole, one, four = (
+        {name: value for name, value in saved(tmp_path / str(micro)).items() if "batches_tracked" not in name}
+        for micro in (0, 32, 8)
+    )
+    assert equal(whole, one) and not equal(whole, four)
+
+
 def refusal(method, flags, tmp_path, capsys):
     """The one line that flags which cannot be run are answered with."""
     with pytest.raises(SystemExit) as stop, common.exit_status():

@@ -16,7 +16,7 @@ from torch import nn
 import byol
 import common
 import linear_eval
-from tests.helpers import refusal, resumes_bit_for_bit, saved
+from tests.helpers import refusal, resumes_bit_for_bit, saved, trains_in_pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -273,6 +273,10 @@ def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
     _, model = linear_eval.load_run(str(tmp_path))
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
+
+
+def test_pieces(few_shapes, tmp_path):
+    trains_in_pieces(byol, config, {}, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])

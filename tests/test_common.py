@@ -281,6 +281,55 @@ def test_cosine_lr():
     assert values[:10] == sorted(values[:10]) and values[10:] == sorted(values[10:], reverse=True)
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("micro", [4, 5, 16])
+def test_pieces_give_the_gradient_of_the_whole_batch(micro, views):
+    """Without BN they change nothing, whatever mixes the rows: equal to float64 rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 12), nn.Tanh(), nn.Linear(12, 6)).double()
+    x, w = torch.rand(views, 16, 3, 3, 3, dtype=torch.float64), torch.rand(6, 16 * views, dtype=torch.float64)
+    found = []
+    for size in (0, micro):
+        model.zero_grad()
+        z = common.embed_in_pieces(model, size, *x)
+        (z @ w).logsumexp(0).square().mean().backward()
+        found.append([z, *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*found, strict=True))
+
+
+def test_pieces_hold_no_graph_and_move_bn_statistics_once():
+    torch.manual_seed(0)
+    model = simclr.SimCLR(simclr.Config(**simclr.Config.PRESETS["demo"]))
+    twin = simclr.SimCLR(simclr.Config(**simclr.Config.PRESETS["demo"]))
+    twin.load_state_dict(model.state_dict())
+    x1, x2 = torch.rand(2, 8, 3, 32, 32)
+    held = []
+
+    def graph(network, micro):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            z = common.embed_in_pieces(network, micro, x1, x2)
+        held.append(kept)
+        return z
+
+    graph(model, 4).square().sum().backward()
+    graph(model, 0)
+    assert held[0] == x1.nbytes + x2.nbytes < held[1] / 20  # the pieces' pictures alone
+    model.load_state_dict(twin.state_dict())
+    common.embed_in_pieces(model, 4, x1, x2).square().sum().backward()
+    for piece in range(2):
+        twin(torch.cat([x1[4 * piece :][:4], x2[4 * piece :][:4]]))
+    for name, value in twin.state_dict().items():
+        if "running" in name:
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import common
 import linear_eval
 import moco
-from tests.helpers import refusal, resumes_bit_for_bit, saved
+from tests.helpers import refusal, resumes_bit_for_bit, saved, trains_in_pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -377,6 +377,11 @@ def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
     _, model = linear_eval.load_run(str(tmp_path))
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
+
+
+@pytest.mark.parametrize("mechanism", ["queue", "end-to-end"])
+def test_pieces(mechanism, few_shapes, tmp_path):
+    trains_in_pieces(moco, config, {"mechanism": mechanism, "queue_size": 90}, tmp_path)
 
 
 @pytest.mark.parametrize("mechanism", ["queue", "memory-bank"])

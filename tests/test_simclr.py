@@ -17,6 +17,7 @@ from PIL import Image
 
 import common
 import simclr
+from tests.helpers import trains_in_pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW_SHAPES = 400
@@ -110,40 +111,6 @@ def test_defaults_are_the_papers_and_presets_override_them():
     assert parse("--preset", "cifar").data == "cifar10"
     by_hand = parse("--preset", "cifar", "--temperature", "0.7", "--epochs", "3")
     assert (by_hand.temperature, by_hand.epochs, by_hand.lr) == (0.7, 3, 1.0)
-
-
-@pytest.mark.parametrize("micro", [4, 8, 16])
-def test_gradcache_gives_the_gradient_of_the_whole_batch(micro):
-    """Without BN the pieces change nothing: equal to float64 rounding."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(27, 12), torch.nn.Tanh(), torch.nn.Linear(12, 6)
-    ).double()
-    x1, x2 = torch.rand(2, 16, 3, 3, 3, dtype=torch.float64)
-    off = torch.autocast("cpu", enabled=False)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    grads = []
-    for size in (0, micro):
-        model.zero_grad()
-        loss, z = simclr.backward(model, x1, x2, lambda a, b: simclr.nt_xent(a, b, 0.2), size, off, scaler)
-        grads.append([loss, z, *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
-
-
-def test_gradcache_updates_bn_statistics_once():
-    torch.manual_seed(0)
-    model = simclr.SimCLR(config())
-    x1, x2 = torch.rand(2, 8, 3, 32, 32)
-    twin = simclr.SimCLR(config())
-    twin.load_state_dict(model.state_dict())
-    off, scaler = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
-    simclr.backward(model, x1, x2, lambda a, b: simclr.nt_xent(a, b, 0.2), 4, off, scaler)
-    for piece in range(2):
-        twin(torch.cat([x1[4 * piece :][:4], x2[4 * piece :][:4]]))
-    for name, value in twin.state_dict().items():
-        if "running" in name:
-            assert torch.allclose(value, model.state_dict()[name], rtol=1e-5, atol=1e-6), name
 
 
 def test_one_branch_leaves_the_second_view_as_the_shared_crop(few_shapes, tmp_path, monkeypatch):
@@ -277,7 +244,6 @@ def test_a_fresh_run_keeps_the_old_checkpoint(few_shapes, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"micro_batch_size": 16},
         {"amp": "bf16"},
         {"optimizer": "lars", "lr_scaling": "sqrt"},
         {"projection_head": "none"},
@@ -292,6 +258,10 @@ def test_a_fresh_run_keeps_the_old_checkpoint(few_shapes, tmp_path):
 def test_options_run(flags, few_shapes, tmp_path):
     metrics = simclr.train(config(epochs=1, batch_size=64, knn_every=0, out=str(tmp_path), **flags))
     assert math.isfinite(metrics["loss"])
+
+
+def test_pieces(few_shapes, tmp_path):
+    trains_in_pieces(simclr, config, {"projection_dim": 16}, tmp_path)
 
 
 @pytest.mark.slow

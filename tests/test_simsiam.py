@@ -17,7 +17,7 @@ from torch import nn
 import common
 import linear_eval
 import simsiam
-from tests.helpers import refusal, resumes_bit_for_bit, saved
+from tests.helpers import refusal, resumes_bit_for_bit, saved, trains_in_pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"image_size": 16, "hidden_dim": 32, "projection_dim": 16, "predictor_dim": 8}
@@ -352,6 +352,11 @@ def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
     _, model = linear_eval.load_run(str(tmp_path))
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
+
+
+@pytest.mark.parametrize("flags", [{}, {"alternate_every": 2}, {"stop_gradient": False}], ids=str)
+def test_pieces(flags, few_shapes, tmp_path):
+    trains_in_pieces(simsiam, config, flags, tmp_path)
 
 
 @pytest.mark.parametrize("flags", [{"predictor_lr": "constant"}, {"alternate_every": 4}, {"target": "moving-average"}])

@@ -16,7 +16,7 @@ import common
 import linear_eval
 import simclr
 import supcon
-from tests.helpers import refusal, resumes_bit_for_bit
+from tests.helpers import refusal, resumes_bit_for_bit, trains_in_pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW_SHAPES = 400
@@ -329,6 +329,11 @@ def photos(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
     return root
+
+
+@pytest.mark.parametrize("loss", ["out", "cross-entropy"])
+def test_pieces(loss, few_shapes, tmp_path):
+    trains_in_pieces(supcon, config, {"loss": loss, "linear_epochs": 1}, tmp_path)
 
 
 @pytest.mark.parametrize(
