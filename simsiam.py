@@ -34,8 +34,9 @@ learning rate moves at every step (theirs at every epoch).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -223,21 +224,28 @@ def cross_entropy(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
 DISTANCES = {"cosine": negative_cosine, "cross-entropy": cross_entropy}
 
 
-class Cache(nn.Module):
-    """eta_x of the images of the next k steps, (k, N, pairs, d), from the network as it is before them (5.3).
+class Cache:
+    """eta_x of the images of the coming steps, at most k, from the network as it was before the first of them (5.3).
 
-    The solver of theta (equation 7) then takes k SGD steps towards them, with views T(x) of its own.
+    The solver of theta (equation 7) takes k SGD steps towards them, with views T(x) of its own. `waiting` holds an
+    (N, pairs, d) for each such step; at the end of an epoch none is left.
     """
 
-    def __init__(self, k: int, n: int, pairs: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("eta", torch.zeros(k, n, pairs, dim))
+    def __init__(self, pairs: int, device: torch.device) -> None:
+        self.waiting, self.pairs, self.device = [], pairs, device
 
     @torch.no_grad()
-    def fill(self, batches: Any, predicted: list[int], embed: Callable[[Tensor], Tensor]) -> None:
-        """From `batches` of crops, the views T'(x) in a list; there may be fewer than k at the end of an epoch."""
-        for i, crops in enumerate(batches):
-            self.eta[i] = torch.stack([embed(crops[j]) for j in predicted], dim=1)
+    def fill(self, batches: Iterable[list[Tensor]], predicted: list[int], embed: Callable[[Tensor], Tensor]) -> None:
+        """From `batches` of crops, the views T'(x) in a list, one for each step."""
+        self.waiting = [torch.stack([embed(crops[j]) for j in predicted], dim=1) for crops in batches]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"waiting": self.waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if any(eta.shape[1] != self.pairs for eta in state["waiting"]):
+            raise ValueError("other pairs of views")
+        self.waiting = [eta.to(self.device) for eta in state["waiting"]]
 
 
 class Bank(nn.Module):
@@ -278,7 +286,7 @@ def train(config: Config) -> dict[str, Any]:
     views, online = 1 + max(map(max, pairs)), {i for i, _ in pairs}  # how many of an image, and which of them predict
     steps = len(data.train) // n
     k = min(config.alternate_every or steps, steps)
-    cache = Cache(k, n, len(pairs), model.dim).to(device) if config.alternate_every != 1 else None
+    cache = Cache(len(pairs), device) if config.alternate_every != 1 else None
     bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
 
     theta = [p for name, p in model.named_parameters() if not name.startswith("predictor.")]
@@ -288,7 +296,8 @@ def train(config: Config) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"cache": cache} if cache else {})
     run = common.Run(config, data, device, **parts | ({"bank": bank} if bank else {}))
-    kept = f"z from before each {k} steps, {cache.eta.nbytes / 1e6:,.0f} MB" if cache else "z of the same step"
+    size = 4e-6 * k * n * len(pairs) * model.dim
+    kept = f"z from before each {k} steps, {size:,.0f} MB" if cache else "z of the same step"
     kept = f"moving average of z / |z|, m {config.target_momentum:g}" if bank else kept
     run.header(
         optimizer=f"sgd, momentum 0.9, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
@@ -301,16 +310,26 @@ def train(config: Config) -> dict[str, Any]:
         with common.autocast(config, device):
             return common.embed_in_pieces(model, config.micro_batch_size, augment(x, config)).float()
 
+    def shown(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """`batches`, with a sign of life, and an end on Ctrl-C: the targets of a whole epoch take a while."""
+        for i, crops in enumerate(batches, 1):
+            if run.stop and run.step_in_epoch == 0:
+                raise KeyboardInterrupt("\nstopped before a step of this epoch; the last one's checkpoint is kept")
+            if run.live:
+                print(f"\r\x1b[Kepoch {run.epoch + 1}/{config.epochs} targets {i}/{k}", end="", flush=True)
+            yield crops
+
     model.train()
     with run:
         while run.epoch < config.epochs:
-            scale = (config.crop_min_scale, 1.0)
+            scale, ahead = (config.crop_min_scale, 1.0), None
             for index, crops in run.batches(views=views, scale=scale):
-                if cache and run.step_in_epoch % k == 0:  # of the coming steps, with views of their own
+                if cache and not cache.waiting:  # targets of the coming steps, with views of their own
                     seed = run.view_seed() + 2**40
-                    ahead = data.train.crops(run.order()[:k], config.image_size, views, scale, seed, config.workers)
+                    if ahead is None:
+                        ahead = data.train.crops(run.order(), config.image_size, views, scale, seed, config.workers)
                     with common.still_statistics(model):
-                        cache.fill(ahead, [j for _, j in pairs], embed)
+                        cache.fill(shown(islice(ahead, k)), [j for _, j in pairs], embed)
                 x = [augment(crop, config) for crop in crops]
                 now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
                 for group in optimizer.param_groups:
@@ -323,7 +342,7 @@ def train(config: Config) -> dict[str, Any]:
                             # (N, d), one view after the other: BN statistics are of one view
                             z[i] = common.embed_in_pieces(model, config.micro_batch_size, x[i])
                     p = {i: model.predictor(z[i]).float() for i in online}
-                eta = cache.eta[run.step_in_epoch % k] if cache else None  # (N, pairs, d)
+                eta = cache.waiting.pop(0) if cache else None  # (N, pairs, d)
                 targets = [eta[:, m] if cache else z[j].float() for m, (_, j) in enumerate(pairs)]
                 if bank:
                     targets = bank.update(index, targets)

@@ -296,6 +296,22 @@ def test_targets_ahead_have_views_of_their_own_and_leave_the_statistics(few_shap
     assert torch.allclose(*means, rtol=0.2, atol=1e-3) and not torch.allclose(means[0], start.backbone.bn1.running_mean)
 
 
+def test_targets_end_with_their_epoch_and_ctrl_c_is_heard_before_them(few_shapes, tmp_path, monkeypatch):
+    after = common.Run.after_epoch
+
+    def stop_later(self, **rest):
+        after(self, **rest)
+        self.stop = True
+
+    monkeypatch.setattr(common.Run, "after_epoch", stop_later)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint is kept"):
+        simsiam.train(config(epochs=2, batch_size=64, knn_every=0, alternate_every=0, out=str(tmp_path)))
+    assert saved(tmp_path, "epoch") == 1 and saved(tmp_path, "step_in_epoch") == 0
+    assert saved(tmp_path, "cache") == {"waiting": []}
+    with pytest.raises(ValueError, match="pairs"):
+        simsiam.Cache(1, torch.device("cpu")).load_state_dict({"waiting": [torch.zeros(4, 2, 8)]})
+
+
 def test_the_bank_is_a_moving_average():
     torch.manual_seed(0)
     bank, z, later = simsiam.Bank(6, 4, 0.8), torch.randn(2, 4), torch.randn(2, 4)
