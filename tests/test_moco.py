@@ -15,7 +15,7 @@ from torch import nn
 import common
 import linear_eval
 import moco
-from tests.helpers import refusal, resumes_bit_for_bit, saved, trains_in_pieces
+from tests.helpers import equal, refusal, resumes_bit_for_bit, saved, trains_in_pieces
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -382,6 +382,14 @@ def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
 @pytest.mark.parametrize("mechanism", ["queue", "end-to-end"])
 def test_pieces(mechanism, few_shapes, tmp_path):
     trains_in_pieces(moco, config, {"mechanism": mechanism, "queue_size": 90}, tmp_path)
+
+
+def test_pieces_are_bn_groups_whose_keys_are_shuffled(few_shapes, tmp_path, capsys):
+    given = {"epochs": 1, "batch_size": 32, "knn_every": 0, "bn_splits": 1}
+    moco.train(config(**given, micro_batch_size=8, out=str(tmp_path / "pieces")))
+    assert "BN statistics over groups of 8 images, keys shuffled" in capsys.readouterr().out
+    moco.train(config(**given | {"bn_splits": 4}, out=str(tmp_path / "groups")))
+    assert equal(saved(tmp_path / "pieces"), saved(tmp_path / "groups"))
 
 
 @pytest.mark.parametrize("mechanism", ["queue", "memory-bank"])
