@@ -296,14 +296,18 @@ def train(config: Config) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"cache": cache} if cache else {})
     run = common.Run(config, data, device, **parts | ({"bank": bank} if bank else {}))
-    size = 4e-6 * k * n * len(pairs) * model.dim
-    kept = f"z from before each {k} steps, {size:,.0f} MB" if cache else "z of the same step"
-    kept = f"moving average of z / |z|, m {config.target_momentum:g}" if bank else kept
+    targets, floats = "z of the same step", 0
+    if cache:
+        targets, floats = f"z from before each {k} steps", k * n * len(pairs) * model.dim
+    if bank:
+        targets, floats = f"moving average of z / |z|, m {config.target_momentum:g}", bank.eta.numel()
     run.header(
         optimizer=f"sgd, momentum 0.9, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
-        f"{config.weight_decay:g} on everything; the predictor's lr {config.predictor_lr}",
+        f"{config.weight_decay:g} on everything" + f"; the predictor's lr {config.predictor_lr}" * bool(theta_h),
         loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and {len(pairs)} predictions of each",
-        targets=kept + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
+        targets=targets
+        + f", {4e-6 * floats:,.0f} MB" * (floats > 0)
+        + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
     )
 
     def embed(x: Tensor) -> Tensor:
@@ -314,7 +318,8 @@ def train(config: Config) -> dict[str, Any]:
         """`batches`, with a sign of life, and an end on Ctrl-C: the targets of a whole epoch take a while."""
         for i, crops in enumerate(batches, 1):
             if run.stop and run.step_in_epoch == 0:
-                raise KeyboardInterrupt("\nstopped before a step of this epoch; the last one's checkpoint is kept")
+                kept = "the last checkpoint is kept" if run.checkpoint.exists() else "no checkpoint was written yet"
+                raise KeyboardInterrupt(f"\nstopped after step {run.step} of {run.total}; {kept}")
             if run.live:
                 print(f"\r\x1b[Kepoch {run.epoch + 1}/{config.epochs} targets {i}/{k}", end="", flush=True)
             yield crops

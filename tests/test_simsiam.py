@@ -304,7 +304,7 @@ def test_targets_end_with_their_epoch_and_ctrl_c_is_heard_before_them(few_shapes
         self.stop = True
 
     monkeypatch.setattr(common.Run, "after_epoch", stop_later)
-    with pytest.raises(KeyboardInterrupt, match="checkpoint is kept"):
+    with pytest.raises(KeyboardInterrupt, match="after step 3 of 6; the last checkpoint is kept"):
         simsiam.train(config(epochs=2, batch_size=64, knn_every=0, alternate_every=0, out=str(tmp_path)))
     assert saved(tmp_path, "epoch") == 1 and saved(tmp_path, "step_in_epoch") == 0
     assert saved(tmp_path, "cache") == {"waiting": []}
