@@ -171,7 +171,7 @@ class BYOL(nn.Module):
 
 
 def tau_at(step: int, total: int, base: float) -> float:
-    """tau after step 0 <= step <= total (section 3.2): from `base` to 1; a base of 0 stays (table 5a, note)."""
+    """tau at `step` k of `total` K, 0 <= k <= K (section 3.2): from `base` to 1; a base of 0 stays (table 5a)."""
     return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2 if base > 0 else 0.0
 
 

@@ -62,7 +62,10 @@ def exit_status() -> Iterator[None]:
     except KeyboardInterrupt as error:
         status, line = 130, str(error) or "stopped"
     except (torch.OutOfMemoryError, MemoryError):
-        status, line = 1, "error: out of memory; less is needed with a smaller --batch-size or --micro-batch-size"
+        status, line = (
+            1,
+            "error: out of memory; give a smaller --batch-size, or pieces of it: --micro-batch-size 32",
+        )
     except OSError as error:
         status, line = 1, f"error: {error.filename or 'a file'}: {error.strerror or error}; is the disk full?"
     print(line, file=sys.stderr, flush=True)
@@ -913,14 +916,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def still_statistics(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics of every BN layer as they are, for a forward pass that is not to count."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [m.momentum for m in layers]
+    kept = [(m.momentum, m.num_batches_tracked) for m in layers]
     for layer in layers:
-        layer.momentum = 0.0
+        layer.momentum, layer.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, kept, strict=True):
-            layer.momentum = momentum
+        for layer, (momentum, count) in zip(layers, kept, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, count
 
 
 def embed_in_pieces(network: nn.Module, micro: int, *views: Tensor) -> Tensor:
@@ -932,7 +935,10 @@ def embed_in_pieces(network: nn.Module, micro: int, *views: Tensor) -> Tensor:
     """
     if not micro:
         return network(torch.cat(views) if len(views) > 1 else views[0])
-    contexts = lambda: (nullcontext(), still_statistics(network))  # noqa: E731  (the second time for the graph alone)
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), still_statistics(network)  # the second time is for the graph alone
+
     pieces = zip(*(x.tensor_split(-(-len(x) // micro)) for x in views), strict=True)
     out = [checkpoint(network, torch.cat(piece), use_reentrant=False, context_fn=contexts) for piece in pieces]
     return torch.cat([torch.cat(z) for z in zip(*(z.chunk(len(views)) for z in out), strict=True)])
@@ -1197,7 +1203,7 @@ class Run:
         about |= lines | {"settings": ", ".join(f"{f.replace('_', '-')} {getattr(config, f)}" for f in own)}
         size = f"{config.epochs} epochs of batch {config.batch_size}"
         if micro := config.micro_batch_size:
-            size += f", in pieces of {micro} (so is BN)"
+            size += f", in pieces of at most {micro}, which BN sees"
         print(f"{config.METHOD}, preset {config.preset}, {size} -> {self.out}")
         for name, text in about.items():
             print(textwrap.fill(text, 116, initial_indent=f"  {name:10}", subsequent_indent=" " * 12), flush=True)
