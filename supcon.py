@@ -37,6 +37,7 @@ baselines run by SupCon's recipe; the authors' code trains cross-entropy at lr 0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -53,6 +54,11 @@ except ImportError as error:  # the folder was not copied along: the naive loss 
     if error.name != "kernels":
         raise
     fused_sup_con = None
+
+STAGE_1 = (  # flags that stage 2 cannot change
+    *("loss", "temperature", "base_temperature", "margin", "epochs", "batch_size", "micro_batch_size", "optimizer"),
+    *("lr", "weight_decay", "warmup_epochs", "jitter_strength", "blur_probability"),
+)
 
 
 @dataclass(kw_only=True)
@@ -287,6 +293,13 @@ def train(config: Config) -> dict[str, Any]:
         instead = ", or --stage 1" * config.contrastive()
         raise InputError(f"--data {config.data}: no held-out images to report on; add a test folder{instead}")
     common.fit_batch_size(config, len(data.train))
+    if config.stage == "2":
+        state = common.load_checkpoint(Path(config.out) / "checkpoint.pt", config.METHOD)
+        if (done := state["epoch"]) < config.epochs:
+            raise InputError(f"--stage 2: stage 1 has done {done} of {config.epochs} epochs; give --stage both")
+        for name in STAGE_1:
+            if (was := state["config"][name]) != getattr(config, name):
+                raise InputError(f"--stage 2: stage 1 had {common.dashed(name)} {was}; give that, or leave it out")
     # an image without a label is a class of its own, whose one positive is its other view: SimCLR's case
     labels = torch.where(data.train.labels < 0, -1 - torch.arange(len(data.train)), data.train.labels).to(device)
 
@@ -304,10 +317,6 @@ def train(config: Config) -> dict[str, Any]:
     loss_of, loss_name = choose_loss(config, device, classifier)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run = common.Run(config, data, device, **parts | ({} if contrastive else {"classifier": classifier}))
-    if config.stage == "2" and run.epoch < config.epochs:
-        raise InputError(f"--stage 2: stage 1 has done {run.epoch} of {config.epochs} epochs; finish with --stage both")
-    if config.stage == "2" and (before := common.load_checkpoint(run.checkpoint)["config"]["loss"]) != config.loss:
-        raise InputError(f"--stage 2: stage 1 was --loss {before}; give that")
     if not config.resume:
         (run.out / "classifier.pt").unlink(missing_ok=True)  # of another encoder
     stage_2 = f"{config.linear_epochs} epochs of batch {config.linear_batch_size}, lr {config.linear_lr:g}"

@@ -300,8 +300,11 @@ def test_stage_1_then_stage_2_is_both(few_shapes, tmp_path):
 
 def test_a_classifier_is_never_that_of_another_encoder(few_shapes, tmp_path):
     supcon.train(config(**TINY, out=str(tmp_path)))
-    with pytest.raises(common.InputError, match="stage 1 was --loss out"):
-        supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, loss="in"))
+    saved_config = (tmp_path / "config.json").read_text()
+    for flag, given in {"--loss out": {"loss": "in"}, "--temperature 0.1": {"temperature": 0.2}}.items():
+        with pytest.raises(common.InputError, match=f"stage 1 had {flag}; give that"):
+            supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, **given))
+    assert (tmp_path / "config.json").read_text() == saved_config
     with pytest.raises(common.RunFailure, match="lower --linear-lr"):
         supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, linear_lr=1e38))
     assert (tmp_path / "classifier.pt").exists()
