@@ -84,6 +84,7 @@ def test_a_run_is_evaluated(run_folder, flags, capsys):
     assert f"{100 if '0.1' in flags else 1000:,} labels used" in out
     assert result["confusion"].sum() == 200 and result["confusion"].sum(1).tolist() == [20] * 10
     assert math.isclose(sum(result["per_class"]) / 10, result["linear_top1"], rel_tol=1e-5)
+    assert ("note: 2 steps in all" in out) == ("paper" in flags)
     if "paper" in flags:
         config, model = linear_eval.load_run(str(run_folder))
         data = common.load_data(config, torch.device("cpu"))
