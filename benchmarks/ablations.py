@@ -12,6 +12,7 @@ over its healthy value 1/sqrt(d).
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import shlex
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EVERY = 8  # steps between two points of a picture
 COLUMNS = ("flags", "kNN", "loss", "std", "rank", "seconds")
 
 # method -> table -> (what it asks, flags of every row, rows)
@@ -34,7 +36,7 @@ TABLES = {
         ),
         "shuffling": (
             "what BN gives away (MoCo, section 3.3: without shuffling the pretext task is solved early, and h suffers)",
-            "--epochs 6",
+            "--epochs 20",
             [
                 "--bn-splits 1",
                 "--bn-splits 8 --no-shuffle-bn",
@@ -43,7 +45,7 @@ TABLES = {
         ),
         "mechanism": (
             "where keys come from (MoCo, figure 3: the queue is ahead at equal K, end-to-end ends at K = N)",
-            "--epochs 6",
+            "--epochs 20",
             ["--mechanism queue", "--mechanism end-to-end", "--mechanism memory-bank"],
         ),
     },
@@ -102,11 +104,31 @@ TABLES = {
 PICTURES = ("byol.collapse", "simsiam.collapse")  # tables whose runs are drawn, too
 
 
+def traced(method: str, argv: list[str]) -> None:
+    """`python METHOD.py ARGV`, which also writes trace.csv: the loss and the output's std, every EVERY steps."""
+    sys.path.insert(0, str(ROOT))
+    import common
+
+    script, after, rows = importlib.import_module(method), common.Run.after_step, []
+
+    def after_step(run, loss, z, lr, *views):
+        if run.step % EVERY == 0:
+            rows.append((run.step, loss.item(), float(common.feature_std(z))))
+        after(run, loss, z, lr, *views)
+
+    common.Run.after_step = after_step
+    with common.exit_status():
+        config = common.parse_args(script.Config, argv)
+        script.train(config)
+        with (Path(config.out) / "trace.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "loss", "feature_std"), *rows])
+
+
 def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
     """Run the script once; the cells of its row. A run that fails gives a row that says so."""
-    command = [sys.executable, f"{method}.py", "--knn-every", "1000000", *shlex.split(flags), "--out", str(out)]
+    command = [sys.executable, __file__, "--traced", method, "--knn-every", "1000000", *shlex.split(flags)]
     env, started = os.environ | {"OMP_NUM_THREADS": str(threads)}, time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
     seconds = f"{time.monotonic() - started:.0f}"
     if done.returncode:
         return [flags, "failed", done.stderr.strip().split("\n")[-1], "", "", seconds]
@@ -118,22 +140,24 @@ def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
 
 
 def draw(runs: list[Path], names: list[str], path: Path) -> None:
-    """Loss, std over its healthy value, and kNN of each run over its epochs, from the runs' logs."""
+    """Loss and std over its healthy value by step, and kNN by epoch, of each run."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path}: matplotlib is not installed")
         return
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = {"loss": "loss", "std / healthy": "feature_std", "kNN top-1 of h": "knn_top1"}
-    for axes, (title, column) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    panels = {"loss": ("trace.csv", "loss"), "std / healthy": ("trace.csv", "feature_std")}
+    panels |= {"kNN top-1 of h": ("log.csv", "knn_top1")}
+    for axes, (title, (file, column)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+            rows = [row for row in csv.DictReader((run / file).open()) if row[column]]
             config = json.loads((run / "config.json").read_text())
-            rows = [row for row in csv.DictReader((run / "log.csv").open()) if row[column]]
             scale = config["projection_dim"] ** 0.5 if column == "feature_std" else 1.0
-            x, y = [int(row["epoch"]) for row in rows], [float(row[column]) * scale for row in rows]
-            axes.plot(x, y, marker=".", linestyle="-" if i == 0 else ("--", ":", "-.")[i % 3], label=name or "default")
-        axes.set(title=title, xlabel="epoch")
+            x, y = [int(next(iter(row.values()))) for row in rows], [float(row[column]) * scale for row in rows]
+            style = "-" if i == 0 else ("--", ":", "-.")[i % 3]
+            axes.plot(x, y, marker="." * (file == "log.csv"), linestyle=style, label=name or "default", linewidth=1.2)
+        axes.set(title=title, xlabel="epoch" if file == "log.csv" else "step")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=80)
@@ -183,4 +207,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--traced"]:
+        traced(sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit(main())
