@@ -64,7 +64,7 @@ def exit_status() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         status, line = (
             1,
-            "error: out of memory; give a smaller --batch-size, or pieces of it: --micro-batch-size 32",
+            "error: out of memory; training needs less with a smaller --batch-size or --micro-batch-size",
         )
     except OSError as error:
         status, line = 1, f"error: {error.filename or 'a file'}: {error.strerror or error}; is the disk full?"
@@ -232,7 +232,8 @@ def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
         given.setdefault("preset", small.get(data, "paper"))
         base = config.PRESETS[given["preset"]]
     result = config(**(base | given))
-    if result.warmup_epochs >= result.epochs and "warmup_epochs" not in given:
+    settled = given.get("resume") and not {"epochs", "preset"} & given.keys()  # by that run
+    if result.warmup_epochs >= result.epochs and "warmup_epochs" not in given and not settled:
         print(f"note: a warm-up of {result.warmup_epochs:g} epochs is lowered to a tenth of the {result.epochs} epochs")
         result.warmup_epochs = result.epochs / 10
     result.batch_size_by_hand = "batch_size" in given

@@ -1,5 +1,6 @@
 """The shared module: flags, data of every kind, the optimiser, the schedule, kNN and the checkpoint."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_resume_takes_the_runs_flags_unless_given(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     c = common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path), "--epochs", "9"])
     assert (c.temperature, c.epochs, c.backbone, c.resume) == (0.33, 9, "resnet8", True)
+
+
+def test_resume_keeps_a_warm_up_that_was_given_by_hand(tmp_path, capsys):
+    given = simclr.Config(epochs=2, warmup_epochs=2.0, out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"method": "simclr"} | dataclasses.asdict(given)))
+    resume = ["--resume", "--out", str(tmp_path)]
+    assert common.parse_args(simclr.Config, resume).warmup_epochs == 2 and not capsys.readouterr().out
+    assert common.parse_args(simclr.Config, [*resume, "--epochs", "1"]).warmup_epochs == 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------- data
