@@ -408,7 +408,7 @@ def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
         print(f"protocol paper: {how}{shuffled}", flush=True)
         if (steps := setting.epochs * -(-len(chosen) // setting.batch_size)) < 2000:
             few = "where the published ones take thousands, so that the classifier may stop short of its best"
-            print(f"note: {steps:,} steps in all, {few}; --protocol features does not", flush=True)
+            print(f"note: {steps:,} steps in all, {few}; --protocol features has no steps", flush=True)
         classifier = fit_as_published(network, data, config, chosen, train_labels, setting)
         with torch.no_grad():
             result = scores(classifier(test), labels, len(data.classes))

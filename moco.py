@@ -298,8 +298,10 @@ def train(config: Config) -> dict[str, Any]:
     if config.batch_size < min(asked, 2 * config.bn_splits):  # a preset's batch was lowered: so are its groups
         config.bn_splits = max(1, config.batch_size // 2)
         print(f"note: --bn-splits is lowered to {config.bn_splits}, for a batch of {config.batch_size}")
-    if config.micro_batch_size:  # a piece is a BN group: else ShuffleBN would not know of it
-        config.bn_splits = max(config.bn_splits, config.batch_size // config.micro_batch_size)
+    pieces = config.batch_size // (config.micro_batch_size or config.batch_size)
+    if pieces > config.bn_splits:  # a piece is a BN group: else ShuffleBN would not know of it
+        config.bn_splits = pieces
+        print(f"note: --bn-splits is raised to {pieces}, the pieces of a batch")
     n, groups = config.batch_size, config.bn_splits
     if groups > 1 and n < 2 * groups:
         raise common.InputError(f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
