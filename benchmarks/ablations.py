@@ -159,6 +159,8 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
             axes.plot(x, y, marker="." * (file == "log.csv"), linestyle=style, label=name or "default", linewidth=1.2)
         axes.set(title=title, xlabel="epoch" if file == "log.csv" else "step")
         axes.grid(alpha=0.3)
+        if column == "feature_std":
+            axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=80)
 
