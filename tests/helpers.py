@@ -43,12 +43,14 @@ def resumes_bit_for_bit(method, config, given, parts, tmp_path, monkeypatch):
 
 
 def trains_in_pieces(method, config, given, tmp_path):
-    """One piece of N images changes nothing, to the bit; pieces of N / 4 run, and change what BN sees."""
+    """One piece of N images changes nothing, to the bit; of pieces of N / 4, each network's BN sees more."""
     given = {"epochs": 1, "batch_size": 32, "knn_every": 0} | given
     for micro in (0, 32, 8):
         method.train(config(**given, micro_batch_size=micro, out=str(tmp_path / str(micro))))
     whole, one, four = (saved(tmp_path / str(micro)) for micro in (0, 32, 8))
     assert equal(whole, one) and not equal(whole, four)
+    seen = [name for name in whole if name.endswith("num_batches_tracked") and not name.startswith("predictor.")]
+    assert seen and all(four[name] > whole[name] > 0 for name in seen)
 
 
 def refusal(method, flags, tmp_path, capsys):
