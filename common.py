@@ -62,10 +62,7 @@ def exit_status() -> Iterator[None]:
     except KeyboardInterrupt as error:
         status, line = 130, str(error) or "stopped"
     except (torch.OutOfMemoryError, MemoryError):
-        status, line = (
-            1,
-            "error: out of memory; training needs less with a smaller --batch-size or --micro-batch-size",
-        )
+        status, line = 1, "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size"
     except OSError as error:
         status, line = 1, f"error: {error.filename or 'a file'}: {error.strerror or error}; is the disk full?"
     print(line, file=sys.stderr, flush=True)
@@ -932,7 +929,7 @@ def embed_in_pieces(network: nn.Module, micro: int, *views: Tensor) -> Tensor:
 
     With `micro` > 0 in pieces of at most that many images, each with all its views. Their graphs are not kept: the
     backward pass builds each anew, from the dL/dz of the whole batch, and frees it before the next. That is GradCache
-    (Gao et al. 2021, arXiv:2101.06983) by way of checkpoints; exact, but that BN sees pieces.
+    (Gao et al. 2021, arXiv:2101.06983) by activation checkpoints; exact, but that BN sees pieces.
     """
     if not micro:
         return network(torch.cat(views) if len(views) > 1 else views[0])
