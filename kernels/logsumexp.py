@@ -14,6 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions' defaults keep the process group of the time it is imported. Left to itself, that is the first call
+    # of an operator below: the group would then outlive destroy_process_group, and its threads may abort at exit.
+    import torch.distributed.nn
+
 UNIT = {"triton": math.log(2), "blocked": 1.0}  # the kernels count in powers of two: their m is a logarithm to base 2
 INSTALLED = importlib.util.find_spec("triton") is not None
 NAIVE_BELOW = 512 * 512  # on a CPU the naive loss is as fast up to this many similarities

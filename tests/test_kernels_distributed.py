@@ -1,5 +1,7 @@
 """Several processes against one process on the concatenated batch (gloo): loss and gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +33,13 @@ def cases(group, t, backend):
 def run(rank, processes, backend, port_file, results):
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=processes)
     torch.set_num_threads(1)
+    torch.save(values_and_gradients(rank, processes, backend), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+    left = [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in left), f"something holds on to the process group: {left}"
+
+
+def values_and_gradients(rank, processes, backend):
     own = slice(rank * N // processes, (rank + 1) * N // processes)
     found = {}
     for dtype in (torch.float64, torch.float32):
@@ -41,8 +50,7 @@ def run(rank, processes, backend, port_file, results):
                 value = function(a, b, labels)
                 (value * (rank + 1)).backward()  # uneven upstream gradients
                 found[name, dtype, t] = value.detach(), a.grad, b.grad
-    torch.save(found, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
