@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
-    # Its functions' defaults keep the process group of the time it is imported. Left to itself, that is the first call
-    # of an operator below: the group would then outlive destroy_process_group, and its threads may abort at exit.
+    # Its functions have the process group of the moment it is imported as a default, and keep it. The first call of an
+    # operator below imports it (by way of torch._dynamo): a group that exists by then outlives destroy_process_group,
+    # and its threads may abort at exit. So it is imported now, and this module before init_process_group.
     import torch.distributed.nn
 
 UNIT = {"triton": math.log(2), "blocked": 1.0}  # the kernels count in powers of two: their m is a logarithm to base 2

@@ -42,7 +42,7 @@ def adversarial(shape, z):
     shape=st.sampled_from(SHAPES),
     seed=st.integers(0, 1000),
 )
-def test_float32_errs_no_more_than_the_naive_loss(name, m, d, t, shape, seed):
+def test_float32_errs_by_rounding_alone(name, m, d, t, shape, seed):
     torch.manual_seed(seed)
     z1, z2 = adversarial(shape, torch.randn(2 * m, d)).chunk(2)
     ours, naive = losses("blocked", torch.randint(0, 1 + m // 2, (2 * m,)))[name]
