@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import common
 
@@ -19,6 +20,17 @@ def few_shapes(request, monkeypatch):
     make, part = common.make_shapes, 10_000 // getattr(request.module, "FEW_SHAPES", 200)
     monkeypatch.setattr(common.Run, "curves", lambda self: None)
     monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // part, seed, size))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """240 pictures in ten class folders; 20 are held out, and the other 220 make 6 steps of 32 images."""
+    root = tmp_path_factory.mktemp("photos")
+    for i, (picture, label) in enumerate(zip(*common.make_shapes(240, 0, 32), strict=True)):
+        path = root / str(label.item()) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    return root
 
 
 @pytest.fixture(scope="session")

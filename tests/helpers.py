@@ -1,11 +1,23 @@
 """What the tests of the method files share."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import common
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments, folder=ROOT, **options):
+    """Run Python in `folder` as from a shell there, on one thread, without what this process can import."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, **options)
 
 
 def saved(folder, part="model"):

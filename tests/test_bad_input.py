@@ -1,9 +1,6 @@
 """Bad input: one clear line on stderr, the exit status of the contract, no traceback, nothing lost."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from PIL import Image
 import common
 import linear_eval
 import simclr
+from tests.helpers import python
 
 TINY = ["--data", "shapes", "--epochs", "1", "--batch-size", "64", "--knn-every", "0", "--preset", "demo"]
 
@@ -259,7 +257,5 @@ def test_linear_eval_needs_labels(few_shapes, tmp_path, capsys):
 
 def test_the_script_itself_exits_with_one_line():
     """In a process of its own, for the exit status that a shell sees."""
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "simclr.py", "--epochs", "0"]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = python("simclr.py", "--epochs", "0")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --epochs 0: must be >= 1\n")

@@ -1,11 +1,6 @@
 """The loss, the two networks, the moving average, the two kinds of views, and whole runs."""
 
 import math
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +12,6 @@ import byol
 import common
 import linear_eval
 from tests.helpers import refusal, resumes_bit_for_bit, saved, trains_in_pieces
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def config(**given):
@@ -329,18 +322,3 @@ def test_the_warning_of_a_collapse_names_its_flag(flags, named, few_shapes, tmp_
     byol.train(config(epochs=1, batch_size=100, knn_every=0, out=str(tmp_path), **flags))
     out = capsys.readouterr().out
     assert "warning: features have collapsed" in out and named in out
-
-
-@pytest.mark.slow
-def test_the_script_runs(tmp_path):
-    """In an empty folder, with common.py alone beside it."""
-    for name in ("byol.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    flags = "--epochs 1 --batch-size 250 --knn-every 0 --image-size 16"
-    command = [sys.executable, "byol.py", *flags.split()]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for words in ("preset demo", "peak lr", "mean over N = 250", "moving average, tau from", "solarize-2"):
-        assert words in done.stdout
-    assert (tmp_path / "runs" / "byol" / "backbone.pt").exists()

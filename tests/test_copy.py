@@ -1,29 +1,35 @@
 """The copying promise: a method file runs in an empty folder with common.py alone, and with kernels/."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-METHODS = ["simclr", "moco"]
+from tests.helpers import ROOT, python
+
+HEADER = {  # what the first lines of a run must say
+    "simclr": ["peak lr 0.09375", "nt_xent", "mean over 2N = 120 anchors"],
+    "moco": ["peak lr 0.03 (not scaled", "mean over N = 60 queries", "version 2", "queue-size 180"],
+    "byol": ["peak lr 0.09375", "mean over N = 60 images", "moving average, tau from", "solarize-2"],
+    "simsiam": ["peak lr 0.1875", "mean over N = 60 images", "no gradient", "stop-gradient True"],
+    "supcon": ["peak lr 2 (not scaled", "mean over 2N = 120 anchors", "stage     both", "stage 2, linear classifier"],
+}
+CONTRASTIVE = ["simclr", "moco", "supcon"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("along", [(), ("kernels",)], ids=["alone", "kernels"])
-def test_a_copied_method_file_runs(method, along, tmp_path):
+@pytest.mark.parametrize(
+    "method, along", [(m, "") for m in HEADER] + [(m, "kernels") for m in CONTRASTIVE], ids=lambda v: v or "alone"
+)
+def test_a_copied_method_file_runs(method, along, photos, tmp_path):
     for name in (f"{method}.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in along:
-        if not (ROOT / name).is_dir():
-            pytest.skip(f"{name}/ is not here")
-        shutil.copytree(ROOT / name, tmp_path / name)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"{method}.py", "--epochs", "1", "--batch-size", "500", "--knn-every", "0"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if along:
+        shutil.copytree(ROOT / along, tmp_path / along)
+    flags = f"--preset demo --data {photos} --epochs 1 --batch-size 60 --knn-every 0"
+    if method == "moco":
+        flags += " --queue-size 180"
+    done = python(f"{method}.py", *flags.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert ("kernels/ is not here" in done.stdout) == (not along)
+    for words in ("preset demo", "next: python linear_eval.py", *HEADER[method]):
+        assert words in done.stdout
+    assert ("kernels/ is not here" in done.stdout) == (method in CONTRASTIVE and not along)
     assert (tmp_path / "runs" / method / "backbone.pt").exists()

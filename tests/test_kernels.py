@@ -1,16 +1,14 @@
 """The fused losses on a CPU, against the losses written out in float64 as in the papers."""
 
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import cosine_logsumexp, info_nce, nt_xent, resolve_backend, sup_con
+from tests.helpers import ROOT, python
 
-ROOT = Path(__file__).resolve().parent.parent
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -359,13 +357,13 @@ def test_auto_takes_the_naive_loss_for_small_batches_on_a_cpu():
 
 
 def test_folder_works_alone_and_does_not_load_the_triton_kernels(tmp_path):
-    copy = subprocess.run(["cp", "-r", str(ROOT / "kernels"), str(tmp_path)], check=True)
-    assert copy.returncode == 0
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     code = (
         "import sys, torch; from kernels import nt_xent; z = torch.randn(600, 8, requires_grad=True);"
         "nt_xent(z, z.flip(0)).backward(); assert 'kernels.fused' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    done = python("-c", code, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -377,8 +375,7 @@ def test_memory_grows_linearly():
         "z = torch.randn(16384, 64, requires_grad=True); before = peak();"
         "nt_xent(*z.chunk(2), backend='blocked').backward(); print(peak() - before)"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert int(out) < 100 * 1024  # KB; the matrix alone would take 1024 MB
+    assert int(python("-c", code).stdout) < 100 * 1024  # KB; the matrix alone would take 1024 MB
 
 
 @gpu

@@ -1,24 +1,18 @@
 """The paper's losses, the baselines, the two stages, and whole runs."""
 
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import common
 import linear_eval
 import simclr
 import supcon
-from tests.helpers import refusal, resumes_bit_for_bit, trains_in_pieces
+from tests.helpers import python, refusal, resumes_bit_for_bit, trains_in_pieces
 
-ROOT = Path(__file__).resolve().parent.parent
 FEW_SHAPES = 400
 
 
@@ -323,17 +317,6 @@ def test_stage_2_leaves_the_encoder_as_it_is(few_shapes, tmp_path):
     assert classifier.weight.shape == (10, 128)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """240 pictures in class folders."""
-    root = tmp_path_factory.mktemp("photos")
-    for i, (picture, label) in enumerate(zip(*common.make_shapes(240, 0), strict=True)):
-        path = root / str(label.item()) / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-    return root
-
-
 @pytest.mark.parametrize("loss", ["out", "cross-entropy"])
 def test_pieces(loss, few_shapes, tmp_path):
     trains_in_pieces(supcon, config, {"loss": loss, "linear_epochs": 1}, tmp_path)
@@ -346,33 +329,23 @@ def test_pieces(loss, few_shapes, tmp_path):
 )
 def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch; stage 1, and stage 2 or the baseline's classifier, end as in a whole run."""
-    given = TINY | {"epochs": 2, "batch_size": 32, "data": str(photos)} | given  # 216 images: 6 steps, 24 left out
+    given = TINY | {"epochs": 2, "batch_size": 32, "data": str(photos)} | given
     parts = ["classifier"] * ("loss" in given)
     whole, resumed = resumes_bit_for_bit(supcon, config, given, parts, tmp_path, monkeypatch)
     assert resumed["linear_top1"] == whole["linear_top1"]
 
 
-def test_a_copied_file_runs_from_the_command_line(photos, tmp_path):
-    """supcon.py with common.py alone, both stages; then stage 2 again, with flags taken from the run."""
-    for name in ("supcon.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-
-    def run(*flags):
-        command = [sys.executable, "supcon.py", *flags]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    done = run("--preset", "demo", "--data", str(photos), "--epochs", "1", "--batch-size", "60", "--knn-every", "0")
-    assert done.returncode == 0, done.stderr
-    for words in ("naive (kernels/ is not here)", "preset demo", "stage     both", "stage 2, linear classifier"):
-        assert words in done.stdout
-    line = [line for line in done.stdout.splitlines() if line.startswith("stage 2")]
-    again = run("--stage", "2", "--resume")
+def test_stage_2_of_a_finished_run_from_the_command_line(photos, tmp_path, capsys):
+    """Its flags come from the run, and its classifier is that of the run."""
+    supcon.train(config(**TINY | {"data": str(photos)}, out=str(tmp_path)))
+    first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 2")]
+    again = python("supcon.py", "--stage", "2", "--resume", "--out", tmp_path)
     assert again.returncode == 0, again.stderr
-    assert line == [line for line in again.stdout.splitlines() if line.startswith("stage 2")]
+    assert len(first) == 3 and first == [line for line in again.stdout.splitlines() if line.startswith("stage 2")]
 
 
 def test_images_without_a_label_are_classes_of_their_own(photos, tmp_path, monkeypatch, capsys):
+    photos = shutil.copytree(photos, tmp_path / "photos")
     for i in range(3):
         (photos / f"extra{i}.png").write_bytes(next((photos / "0").iterdir()).read_bytes())
     seen = []
@@ -387,20 +360,16 @@ def test_images_without_a_label_are_classes_of_their_own(photos, tmp_path, monke
             yield index, views
 
     monkeypatch.setattr(common.Run, "batches", watched)
-    given = TINY | {"data": str(photos), "batch_size": 219}  # all images in one step
-    try:
-        supcon.train(config(**given, out=str(tmp_path)))
-        assert "3 unlabelled images" in capsys.readouterr().out
-        ids, counts = seen[0].unique(return_counts=True)
-        assert (ids < 0).sum() == 3 and counts[ids < 0].tolist() == [2, 2, 2]  # the two views
-        index, labels = batches[0]
-        named = labels[index] >= 0
-        assert torch.equal(seen[0][:219], seen[0][219:]) and torch.equal(seen[0][:219][named], labels[index][named])
-        with pytest.raises(common.InputError, match="3 images have no label"):
-            supcon.train(config(**given, loss="cross-entropy", out=str(tmp_path)))
-    finally:
-        for i in range(3):
-            (photos / f"extra{i}.png").unlink()
+    given = TINY | {"data": str(photos), "batch_size": 223, "out": str(tmp_path / "run")}  # all images in one step
+    supcon.train(config(**given))
+    assert "3 unlabelled images" in capsys.readouterr().out
+    ids, counts = seen[0].unique(return_counts=True)
+    assert (ids < 0).sum() == 3 and counts[ids < 0].tolist() == [2, 2, 2]  # the two views
+    index, labels = batches[0]
+    named = labels[index] >= 0
+    assert torch.equal(seen[0][:223], seen[0][223:]) and torch.equal(seen[0][:223][named], labels[index][named])
+    with pytest.raises(common.InputError, match="3 images have no label"):
+        supcon.train(config(**given, loss="cross-entropy"))
 
 
 @pytest.mark.parametrize(
