@@ -305,6 +305,7 @@ class Images:
             batch_sampler=[piece for batch in pieces for piece in batch],
             num_workers=min(workers, os.cpu_count() or 1),
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # else it draws from torch's own, and a resumed run draws once more
         )
         try:
@@ -313,6 +314,11 @@ class Images:
                 yield torch.cat([next(arriving).to(self.device, non_blocking=True) for _ in batch])
         except RunFailure as error:  # a worker's, with its traceback in the text
             raise RunFailure(str(error).strip().split("RunFailure: ")[-1]) from None
+
+
+def ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too, but the main process needs their batch to stop after a whole step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StreamedViews(torch.utils.data.Dataset):

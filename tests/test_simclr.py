@@ -188,6 +188,7 @@ runpy.run_path("simclr.py", run_name="__main__")
         (signal.SIGKILL, "4", "fork"),
         (signal.SIGINT, "4", "fork"),
         (signal.SIGINT, "0", "fork"),
+        (signal.SIGINT, "0", "spawn"),  # of macOS; Python 3.14 has forkserver, which is as bare
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(photos, tmp_path, how, memory, start):
