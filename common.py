@@ -1075,6 +1075,15 @@ def effective_rank(z: Tensor) -> float:
     return float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
 
 
+@torch.no_grad()
+def likeness(z: Tensor) -> float:
+    """Mean over pairs of different rows of z (N, d) of their squared cosine: 1 when all lie on one line, be it at one
+    point or at two opposite ones, 1/d when healthy."""
+    z, n = F.normalize(z.float(), dim=1), len(z)
+    gram = z.T @ z if z.shape[1] < n else z @ z.T  # the squares of both have the same sum, N of it from i = j
+    return float(gram.square().sum() - n) / max(1, n * (n - 1))
+
+
 # -------------------------------------------------------------------------------------------- checkpoint and log
 
 
@@ -1292,7 +1301,7 @@ class Run:
         raise RunFailure(f"{what} at step {self.step} of {self.total}; --lr is likely too high; checkpoint: {last}")
 
     def after_epoch(self, knn: Callable[[], float | None], collapse_hint: str) -> None:
-        """Measure, write log and checkpoint, and say so when the features have collapsed."""
+        """Measure, write log and checkpoint, and say so when the output has collapsed."""
         c, speed = self.config, self.steps * self.config.batch_size / self.seconds
         std, rank = float(feature_std(self.z)), effective_rank(self.z)
         due = c.knn_every and ((self.epoch + 1) % c.knn_every == 0 or self.epoch + 1 == c.epochs)
@@ -1309,9 +1318,10 @@ class Run:
             + f"  std {std:.4f} (healthy {1 / math.sqrt(self.dim):.4f})  rank {rank:.1f}  {speed:,.0f} images/s",
             flush=True,
         )
-        if not self.warned and (std < 0.1 / math.sqrt(self.dim) or rank < 2):
+        if not self.warned and (alike := likeness(self.z)) > 0.95:
             self.warned = True
-            print(f"warning: features have collapsed (std {std:.2g}, rank {rank:.1f}): {collapse_hint}", flush=True)
+            what = f"collapsed to a point or a line (mean squared cosine of two images {alike:.3f})"
+            print(f"warning: the output has {what}: {collapse_hint}", flush=True)
         if self.stop:
             self.interrupt()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -379,7 +380,27 @@ def test_embed_is_in_eval_mode_and_gives_the_mode_back():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_collapse_is_named(tmp_path, capsys):
+def test_likeness_is_the_mean_squared_cosine_of_pairs():
+    torch.manual_seed(0)
+    for n, d in ((7, 4), (4, 7), (64, 256)):
+        z = torch.randn(n, d) * torch.rand(n, 1)
+        pairs = [F.cosine_similarity(z[i], z[j], dim=0).item() ** 2 for i in range(n) for j in range(n) if i != j]
+        assert math.isclose(common.likeness(z), sum(pairs) / len(pairs), rel_tol=1e-4)
+    line = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [0.5, 1.0]])  # two opposite points: std is not 0, but this is 1
+    assert math.isclose(common.likeness(line), 1, rel_tol=1e-6) and common.feature_std(line) > 0.5
+    assert abs(common.likeness(torch.eye(5))) < 1e-6 and math.isfinite(common.likeness(torch.ones(1, 3)))
+
+
+@pytest.mark.parametrize(
+    "z, collapsed",
+    [
+        (torch.ones(8, 128), True),
+        (torch.ones(8, 128) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], True),
+        (torch.eye(8, 128), False),
+    ],
+    ids=["a point", "a line", "healthy"],
+)
+def test_collapse_is_named(z, collapsed, tmp_path, capsys):
     c = simclr.Config(
         data="shapes", backbone="resnet8", image_size=32, epochs=1, batch_size=4, out=str(tmp_path), knn_every=0
     )
@@ -387,9 +408,10 @@ def test_collapse_is_named(tmp_path, capsys):
     data = common.Data("x", common.whole(images, labels, CPU), None, [], [])
     run = common.Run(c, data, CPU, model=simclr.SimCLR(c))
     for _ in run.batches(2, None):
-        run.after_step(torch.tensor(1.0), torch.ones(8, 128), 0.1, images[:2].float(), images[:2].float())
+        run.after_step(torch.tensor(1.0), z, 0.1, images[:2].float(), images[:2].float())
     run.after_epoch(lambda: None, "look at --lr")
-    assert "features have collapsed" in capsys.readouterr().out
+    assert ("collapsed to a point or a line (mean squared cosine" in (out := capsys.readouterr().out)) == collapsed
+    assert (": look at --lr" in out) == collapsed
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoint
