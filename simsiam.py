@@ -34,7 +34,7 @@ learning rate moves at every step (theirs at every epoch).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
@@ -227,25 +227,43 @@ DISTANCES = {"cosine": negative_cosine, "cross-entropy": cross_entropy}
 class Cache:
     """eta_x of the images of the coming steps, at most k, from the network as it was before the first of them (5.3).
 
-    The solver of theta (equation 7) takes k SGD steps towards them, with views T(x) of its own. `waiting` holds an
-    (N, pairs, d) for each such step; at the end of an epoch none is left.
+    The solver of theta (equation 7) takes k SGD steps towards them, with views T(x) of its own. `embed` makes z of
+    crops, `views` are drawn of an image, and those in `predicted` are targets. `waiting` holds an (N, len(predicted),
+    d) for each step that has not been taken yet; at the end of an epoch none is left.
     """
 
-    def __init__(self, pairs: int, device: torch.device) -> None:
-        self.waiting, self.pairs, self.device = [], pairs, device
+    def __init__(self, k: int, views: int, predicted: list[int], embed: Callable[[Tensor], Tensor]) -> None:
+        self.k, self.views, self.predicted, self.embed = k, views, predicted, embed
+        self.waiting, self.ahead = [], None
+
+    def next(self, run: common.Run) -> list[Tensor]:
+        """The targets of the coming step of `run`, (N, d) each."""
+        if not self.waiting:
+            self.fill(run)
+        return list(self.waiting.pop(0).to(run.device).unbind(1))
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[list[Tensor]], predicted: list[int], embed: Callable[[Tensor], Tensor]) -> None:
-        """From `batches` of crops, the views T'(x) in a list, one for each step."""
-        self.waiting = [torch.stack([embed(crops[j]) for j in predicted], dim=1) for crops in batches]
+    def fill(self, run: common.Run) -> None:
+        """Embed the images of the next k steps; with a sign of life, and an end on Ctrl-C at the start of an epoch."""
+        c = run.config
+        if self.ahead is None or run.step_in_epoch == 0:
+            seed, scale = run.view_seed() + 2**40, (c.crop_min_scale, 1.0)  # other crops than the steps will see
+            self.ahead = run.data.train.crops(run.order(), c.image_size, self.views, scale, seed, c.workers)
+        for i, crops in enumerate(islice(self.ahead, self.k), 1):
+            if run.stop and run.step_in_epoch == 0:
+                kept = "the last checkpoint is kept" if run.checkpoint.exists() else "no checkpoint was written yet"
+                raise KeyboardInterrupt(f"\nstopped after step {run.step} of {run.total}; {kept}")
+            if run.live:
+                print(f"\r\x1b[Kepoch {run.epoch + 1}/{c.epochs} targets {i}/{self.k}", end="", flush=True)
+            self.waiting.append(torch.stack([self.embed(crops[j]) for j in self.predicted], dim=1))
 
     def state_dict(self) -> dict[str, Any]:
         return {"waiting": self.waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if any(eta.shape[1] != self.pairs for eta in state["waiting"]):
+        if any(eta.shape[1] != len(self.predicted) for eta in state["waiting"]):
             raise ValueError("other pairs of views")
-        self.waiting = [eta.to(self.device) for eta in state["waiting"]]
+        self.waiting = state["waiting"]
 
 
 class Bank(nn.Module):
@@ -282,11 +300,17 @@ def train(config: Config) -> dict[str, Any]:
     if config.compile:
         for network in (model, model.predictor):
             network.compile()
-    n, lr, pairs, distance = config.batch_size, config.peak_lr(), PAIRS[config.symmetry], DISTANCES[config.similarity]
-    views, online = 1 + max(map(max, pairs)), {i for i, _ in pairs}  # how many of an image, and which of them predict
+    n, lr, distance, micro = config.batch_size, config.peak_lr(), DISTANCES[config.similarity], config.micro_batch_size
+    online, predicted = zip(*PAIRS[config.symmetry], strict=True)  # view online[m] predicts view predicted[m]
+    views = 1 + max(online + predicted)
+
+    def embed(x: Tensor) -> Tensor:
+        with common.autocast(config, device), common.still_statistics(model):
+            return common.embed_in_pieces(model, micro, augment(x, config)).float()
+
     steps = len(data.train) // n
     k = min(config.alternate_every or steps, steps)
-    cache = Cache(len(pairs), device) if config.alternate_every != 1 else None
+    cache = Cache(k, views, predicted, embed) if config.alternate_every != 1 else None
     bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
 
     theta = [p for name, p in model.named_parameters() if not name.startswith("predictor.")]
@@ -296,45 +320,23 @@ def train(config: Config) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"cache": cache} if cache else {})
     run = common.Run(config, data, device, **parts | ({"bank": bank} if bank else {}))
-    targets, floats = "z of the same step", 0
+    targets = "z of the same step"
     if cache:
-        targets, floats = f"z from before each {k} steps", k * n * len(pairs) * model.dim
+        targets = f"z from before each {k} steps, {4e-6 * k * n * len(online) * model.dim:,.0f} MB"
     if bank:
-        targets, floats = f"moving average of z / |z|, m {config.target_momentum:g}", bank.eta.numel()
+        targets = f"moving average of z / |z|, m {config.target_momentum:g}, {4e-6 * bank.eta.numel():,.0f} MB"
     run.header(
         optimizer=f"sgd, momentum 0.9, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
         f"{config.weight_decay:g} on everything" + f"; the predictor's lr {config.predictor_lr}" * bool(theta_h),
-        loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and {len(pairs)} predictions of each",
-        targets=targets
-        + f", {4e-6 * floats:,.0f} MB" * (floats > 0)
-        + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
+        loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and {len(online)} predictions of each",
+        targets=targets + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
     )
-
-    def embed(x: Tensor) -> Tensor:
-        with common.autocast(config, device):
-            return common.embed_in_pieces(model, config.micro_batch_size, augment(x, config)).float()
-
-    def shown(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """`batches`, with a sign of life, and an end on Ctrl-C: the targets of a whole epoch take a while."""
-        for i, crops in enumerate(batches, 1):
-            if run.stop and run.step_in_epoch == 0:
-                kept = "the last checkpoint is kept" if run.checkpoint.exists() else "no checkpoint was written yet"
-                raise KeyboardInterrupt(f"\nstopped after step {run.step} of {run.total}; {kept}")
-            if run.live:
-                print(f"\r\x1b[Kepoch {run.epoch + 1}/{config.epochs} targets {i}/{k}", end="", flush=True)
-            yield crops
 
     model.train()
     with run:
         while run.epoch < config.epochs:
-            scale, ahead = (config.crop_min_scale, 1.0), None
-            for index, crops in run.batches(views=views, scale=scale):
-                if cache and not cache.waiting:  # targets of the coming steps, with views of their own
-                    seed = run.view_seed() + 2**40
-                    if ahead is None:
-                        ahead = data.train.crops(run.order(), config.image_size, views, scale, seed, config.workers)
-                    with common.still_statistics(model):
-                        cache.fill(shown(islice(ahead, k)), [j for _, j in pairs], embed)
+            for index, crops in run.batches(views=views, scale=(config.crop_min_scale, 1.0)):
+                eta = cache.next(run) if cache else None  # computed before the last k steps (section 5.3)
                 x = [augment(crop, config) for crop in crops]
                 now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
                 for group in optimizer.param_groups:
@@ -342,16 +344,15 @@ def train(config: Config) -> dict[str, Any]:
                 optimizer.zero_grad()
                 with common.autocast(config, device):
                     z = {}
-                    for i in sorted(online if cache else online | {j for _, j in pairs}):
+                    for i in sorted({*online} if cache else {*online, *predicted}):
                         with torch.set_grad_enabled(i in online or not config.stop_gradient):
                             # (N, d), one view after the other: BN statistics are of one view
-                            z[i] = common.embed_in_pieces(model, config.micro_batch_size, x[i])
-                    p = {i: model.predictor(z[i]).float() for i in online}
-                eta = cache.waiting.pop(0) if cache else None  # (N, pairs, d)
-                targets = [eta[:, m] if cache else z[j].float() for m, (_, j) in enumerate(pairs)]
+                            z[i] = common.embed_in_pieces(model, micro, x[i])
+                    p = [model.predictor(z[i]).float() for i in online]
+                eta = eta or [z[j].float() for j in predicted]  # (N, d) each
                 if bank:
-                    targets = bank.update(index, targets)
-                losses = [distance(p[i], t, config.stop_gradient) for (i, _), t in zip(pairs, targets, strict=True)]
+                    eta = bank.update(index, eta)
+                losses = [distance(p_i, eta_j, config.stop_gradient) for p_i, eta_j in zip(p, eta, strict=True)]
                 loss = sum(losses) / len(losses)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
