@@ -3,11 +3,13 @@
     python benchmarks/ablations.py                     every table
     python benchmarks/ablations.py moco                the tables of one method
     python benchmarks/ablations.py moco.momentum       one table
+    python benchmarks/ablations.py --seeds 0 1 2       each row three times: the mean, and from ... to of kNN
     python benchmarks/ablations.py moco --jobs 2       two runs at a time, one core each
 
-Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too; exits 1 when a
-run failed. kNN is that of h on the held-out images after the last epoch; loss, std and rank are the last epoch's, std
-over its healthy value 1/sqrt(d).
+Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too (of the first
+seed); exits 1 when a run failed. kNN is that of h on the held-out images after the last epoch; loss, std, rank and
+cos2 are the last epoch's: std over its healthy value 1/sqrt(d), cos2 the mean squared cosine of the outputs of two
+images, which is 1 when all lie on one line.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = 8  # steps between two points of a picture
-COLUMNS = ("flags", "kNN", "loss", "std", "rank", "seconds")
+COLUMNS = ("flags", "kNN", "loss", "std", "rank", "cos2", "seconds")
 
 # method -> table -> (what it asks, flags of every row, rows)
 TABLES = {
@@ -56,7 +58,7 @@ TABLES = {
             "--epochs 4 --knn-every 1",
             ["", "--momentum 0", "--momentum 0.99", "--momentum 1", "--no-predictor"],
         ),
-        "symmetry": ("both directions or one, at equal epochs", "--epochs 4", ["", "--no-symmetric"]),
+        "symmetry": ("both directions or one, at equal epochs", "", ["", "--no-symmetric"]),
     },
     "simsiam": {
         "collapse": (
@@ -70,34 +72,34 @@ TABLES = {
         ),
         "predictor-lr": (
             "the predictor's learning rate (SimSiam, table 1: decayed 67.7, constant 68.1)",
-            "--epochs 4",
-            ["--predictor-lr decayed", "--predictor-lr constant"],
+            "",
+            ["", "--predictor-lr constant"],
         ),
         "batch-size": (
-            "N, the learning rate scaled with it (SimSiam, table 2: 64 66.1, 128 67.3, 256 68.1, 512 68.1, 1024 68.0, "
-            "2048 67.9, 4096 64.0)",
-            "--epochs 4",
-            [f"--batch-size {n}" for n in (32, 64, 128, 256, 512)],
+            "N, 64 by default, the learning rate scaled with it (SimSiam, table 2: 64 66.1, 128 67.3, 256 68.1, 512 "
+            "68.1, 1024 68.0, 2048 67.9, 4096 64.0)",
+            "",
+            ["", *(f"--batch-size {n}" for n in (32, 128, 256, 512))],
         ),
         "similarity": (
             "D (SimSiam, section 4.5: cosine 68.1, cross-entropy 63.2)",
-            "--epochs 4",
-            ["--similarity cosine", "--similarity cross-entropy"],
+            "",
+            ["", "--similarity cross-entropy"],
         ),
         "symmetry": (
             "which views are predicted (SimSiam, section 4.6: 68.1, asymmetric 64.8, with twice the pairs 67.3)",
-            "--epochs 4",
-            ["--symmetry symmetric", "--symmetry asymmetric", "--symmetry asymmetric-2x"],
+            "",
+            ["", "--symmetry asymmetric", "--symmetry asymmetric-2x"],
         ),
         "alternation": (
             "targets of k steps computed before them (SimSiam, section 5.3: 1 68.1, 10 68.7, 100 68.9, an epoch 67.0)",
-            "--epochs 4",
-            [f"--alternate-every {k}" for k in (1, 10, 100, 0)],
+            "",
+            ["", *(f"--alternate-every {k}" for k in (10, 100, 0))],
         ),
         "expectation": (
             "a moving average of each image's z in place of the predictor (SimSiam, section 5.3: 55.0; neither: 0.1)",
-            "--epochs 4",
-            ["--target moving-average", "--predictor none"],
+            "",
+            ["", "--target moving-average", "--predictor none"],
         ),
     },
 }
@@ -105,7 +107,7 @@ PICTURES = ("byol.collapse", "simsiam.collapse")  # tables whose runs are drawn,
 
 
 def traced(method: str, argv: list[str]) -> None:
-    """`python METHOD.py ARGV`, which also writes trace.csv: the loss and the output's std, every EVERY steps."""
+    """`python METHOD.py ARGV`, which also writes trace.csv: what the loss and the output are every EVERY steps."""
     sys.path.insert(0, str(ROOT))
     import common
 
@@ -113,7 +115,7 @@ def traced(method: str, argv: list[str]) -> None:
 
     def after_step(run, loss, z, lr, *views):
         if run.step % EVERY == 0:
-            rows.append((run.step, loss.item(), float(common.feature_std(z))))
+            rows.append((run.step, loss.item(), float(common.feature_std(z)), common.likeness(z)))
         after(run, loss, z, lr, *views)
 
     common.Run.after_step = after_step
@@ -121,35 +123,46 @@ def traced(method: str, argv: list[str]) -> None:
         config = common.parse_args(script.Config, argv)
         script.train(config)
         with (Path(config.out) / "trace.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("step", "loss", "feature_std"), *rows])
+            csv.writer(file).writerows([("step", "loss", "feature_std", "likeness"), *rows])
 
 
-def measure(method: str, flags: str, out: Path, threads: int) -> list[str]:
-    """Run the script once; the cells of its row. A run that fails gives a row that says so."""
+def measure(method: str, flags: str, out: Path, threads: int) -> dict[str, float] | str:
+    """Run the script once; the figures of COLUMNS, or why it failed."""
     command = [sys.executable, __file__, "--traced", method, "--knn-every", "1000000", *shlex.split(flags)]
     env, started = os.environ | {"OMP_NUM_THREADS": str(threads)}, time.monotonic()
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
-    seconds = f"{time.monotonic() - started:.0f}"
     if done.returncode:
-        return [flags, "failed", done.stderr.strip().split("\n")[-1], "", "", seconds]
-    row = list(csv.DictReader((out / "log.csv").open()))[-1]
+        return done.stderr.strip().split("\n")[-1]
+    row, trace = (list(csv.DictReader((out / name).open()))[-1] for name in ("log.csv", "trace.csv"))
     dim = json.loads((out / "config.json").read_text())["projection_dim"]
-    loss, std, rank = (float(row[c]) for c in ("loss", "feature_std", "effective_rank"))
-    knn = f"{float(row['knn_top1']):.3f}" if row["knn_top1"] else ""
-    return [flags, knn, f"{loss:.3f}", f"{std * dim**0.5:.2f}", f"{rank:.1f}", seconds]
+    found = {"kNN": float(row["knn_top1"]), "loss": float(row["loss"]), "std": float(row["feature_std"]) * dim**0.5}
+    found |= {"rank": float(row["effective_rank"]), "cos2": float(trace["likeness"])}
+    return found | {"seconds": time.monotonic() - started}
+
+
+def cells(row: str, found: list[dict[str, float] | str]) -> list[str]:
+    """A line of a table: the mean over seeds, and the range of kNN."""
+    whole = [figures for figures in found if isinstance(figures, dict)]
+    if len(whole) < len(found):
+        return [row, "failed", next(why for why in found if isinstance(why, str)), "", "", "", ""]
+    mean = {name: sum(figures[name] for figures in whole) / len(whole) for name in COLUMNS[1:]}
+    low, high = (pick(figures["kNN"] for figures in whole) for pick in (min, max))
+    knn = f"{mean['kNN']:.3f}" + f" ({low:.2f}-{high:.2f})" * (len(whole) > 1)
+    form = {"loss": ".3f", "std": ".2f", "rank": ".1f", "cos2": ".2f", "seconds": ".0f"}
+    return [row, knn, *(f"{mean[name]:{places}}" for name, places in form.items())]
 
 
 def draw(runs: list[Path], names: list[str], path: Path) -> None:
-    """Loss and std over its healthy value by step, and kNN by epoch, of each run."""
+    """Loss, std over its healthy value and cos2 by step, and kNN by epoch, of each run."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path}: matplotlib is not installed")
         return
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
     panels = {"loss": ("trace.csv", "loss"), "std / healthy": ("trace.csv", "feature_std")}
-    panels |= {"kNN top-1 of h": ("log.csv", "knn_top1")}
-    for axes, (title, (file, column)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    panels |= {"squared cosine of two images": ("trace.csv", "likeness"), "kNN top-1 of h": ("log.csv", "knn_top1")}
+    for axes, (title, (file, column)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             rows = [row for row in csv.DictReader((run / file).open()) if row[column]]
             config = json.loads((run / "config.json").read_text())
@@ -159,7 +172,7 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
             axes.plot(x, y, marker="." * (file == "log.csv"), linestyle=style, label=name or "default", linewidth=1.2)
         axes.set(title=title, xlabel="epoch" if file == "log.csv" else "step")
         axes.grid(alpha=0.3)
-        if column == "feature_std":
+        if column in ("feature_std", "likeness"):
             axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=80)
@@ -169,37 +182,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", nargs="*", help="method or method.table (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
-    parser.add_argument("--more", default="", help='flags added to every row, such as --more "--seed 1"')
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each of these (default 0)")
+    parser.add_argument("--more", default="", help='flags added to every row, such as --more "--epochs 8"')
     parser.add_argument("--out", default="runs/ablations", help="folder of the runs and the CSV files")
     args = parser.parse_args()
-    known = [f"{method}.{name}" for method, tables in TABLES.items() for name in tables]
-    wanted = [full for full in known if not args.table or {full, full.split(".")[0]} & set(args.table)]
-    if set(args.table) - {*known, *TABLES}:
-        parser.error(f"no such table; take some of {', '.join([*TABLES, *known])}")
+    names = [f"{method}.{name}" for method, tables in TABLES.items() for name in tables]
+    wanted = [full for full in names if not args.table or {full, full.split(".")[0]} & set(args.table)]
+    if set(args.table) - {*names, *TABLES}:
+        parser.error(f"no such table; take some of {', '.join([*TABLES, *names])}")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give 1 or more")
     threads, failed = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs)), 0
+    known = {}  # (method, flags) -> (folder, figures): the default stands in many tables
     for full in wanted:
         method, name = full.split(".")
         question, shared, rows = TABLES[method][name]
-        out, started = Path(args.out).resolve() / full, time.monotonic()
+        shared, started = f"{shared} {args.more}".strip(), time.monotonic()
+        out = Path(args.out).resolve() / full
         out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [
-                pool.submit(measure, method, f"{row} {shared} {args.more}".strip(), out / str(i), threads)
-                for i, row in enumerate(rows)
-            ]
-            found = [job.result() for job in jobs]
-        failed += sum(cells[1] == "failed" for cells in found)
+            for i, row in enumerate(rows):
+                for seed in args.seeds:
+                    key, folder = (method, f"{row} {shared} --seed {seed}"), out / f"{i}-seed-{seed}"
+                    if key not in known:
+                        known[key] = folder, pool.submit(measure, *key, folder, threads)
+        runs = [[known[method, f"{row} {shared} --seed {seed}"] for seed in args.seeds] for row in rows]
+        table = [cells(row, [job.result() for _, job in run]) for row, run in zip(rows, runs, strict=True)]
+        failed += sum(line[1] == "failed" for line in table)
         with open(out.with_suffix(out.suffix + ".csv"), "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *found])
-        print(f"\n{full}: {question}\nevery row: python {method}.py {shared} {args.more}\n")
+            csv.writer(file).writerows([COLUMNS, *table])
+        seeds = f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {', '.join(map(str, args.seeds))}"
+        print(f"\n{full}: {question}\nevery row: python {method}.py {shared}; {seeds}\n")
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-        for row, cells in zip(rows, found, strict=True):
-            print("| " + " | ".join([f"`{row}`" if row else "default", *cells[1:]]) + " |")
+        for row, *line in table:
+            print("| " + " | ".join([f"`{row}`" if row else "default", *line]) + " |")
         if full in PICTURES:
-            whole = [i for i, cells in enumerate(found) if cells[1] != "failed"]
-            draw([out / str(i) for i in whole], [rows[i] for i in whole], Path(args.out).resolve() / f"{full}.png")
+            first = {row: run[0][0] for row, run, line in zip(rows, runs, table, strict=True) if line[1] != "failed"}
+            draw(list(first.values()), list(first), Path(args.out).resolve() / f"{full}.png")
         print(
             f"\n{time.monotonic() - started:.0f} s, {args.jobs} at a time, {threads} thread(s) each; "
             f"{os.cpu_count()} cores",
