@@ -55,7 +55,7 @@ TABLES = {
         "collapse": (
             "what keeps the output from collapsing (BYOL, table 5, 300 epochs: momentum 0.9 68.4, 0.99 72.5, 0 0.3, "
             "1 18.8; no predictor 0.2)",
-            "--epochs 4 --knn-every 1",
+            "--knn-every 1",
             ["", "--momentum 0", "--momentum 0.99", "--momentum 1", "--no-predictor"],
         ),
         "symmetry": ("both directions or one, at equal epochs", "", ["", "--no-symmetric"]),
@@ -64,7 +64,7 @@ TABLES = {
         "collapse": (
             "what it needs (SimSiam, figure 2 and table 1: 67.7; no stop-gradient 0.1; predictor none 0.1, fixed 1.5; "
             "table 3, where the default has 68.1: BN in the heads none 34.6, hidden 67.4, all: unstable)",
-            "--epochs 4 --knn-every 1",
+            "--knn-every 1",
             [
                 *["", "--no-stop-gradient", "--predictor none", "--predictor fixed"],
                 *["--head-bn none", "--head-bn hidden", "--head-bn all"],
@@ -114,7 +114,7 @@ def traced(method: str, argv: list[str]) -> None:
     script, after, rows = importlib.import_module(method), common.Run.after_step, []
 
     def after_step(run, loss, z, lr, *views):
-        if run.step % EVERY == 0:
+        if run.step % EVERY == 0 or run.step + 1 == run.total:
             rows.append((run.step, loss.item(), float(common.feature_std(z)), common.likeness(z)))
         after(run, loss, z, lr, *views)
 
@@ -135,7 +135,11 @@ def measure(method: str, flags: str, out: Path, threads: int) -> dict[str, float
         return done.stderr.strip().split("\n")[-1]
     row, trace = (list(csv.DictReader((out / name).open()))[-1] for name in ("log.csv", "trace.csv"))
     dim = json.loads((out / "config.json").read_text())["projection_dim"]
-    found = {"kNN": float(row["knn_top1"]), "loss": float(row["loss"]), "std": float(row["feature_std"]) * dim**0.5}
+    found = {
+        "kNN": float(row["knn_top1"] or "nan"),
+        "loss": float(row["loss"]),
+        "std": float(row["feature_std"]) * dim**0.5,
+    }
     found |= {"rank": float(row["effective_rank"]), "cos2": float(trace["likeness"])}
     return found | {"seconds": time.monotonic() - started}
 
@@ -190,6 +194,8 @@ def main() -> int:
     wanted = [full for full in names if not args.table or {full, full.split(".")[0]} & set(args.table)]
     if set(args.table) - {*names, *TABLES}:
         parser.error(f"no such table; take some of {', '.join([*TABLES, *names])}")
+    if "--seed" in args.more:
+        parser.error('--more "--seed ...": give --seeds')
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: give 1 or more")
     threads, failed = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs)), 0
