@@ -183,8 +183,10 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
             known = list(self._option_string_actions)
-            near = [k for k in known if k.startswith(word)] or difflib.get_close_matches(word, known, n=1)
+            near = [k for k in known if k.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.75)
             message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+            if not word.startswith("-"):
+                message = f"unexpected word {word}; a flag that is on or off takes none: --name or --no-name"
         raise InputError(message)
 
 
@@ -231,7 +233,7 @@ def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
     result = config(**(base | given))
     settled = given.get("resume") and not {"epochs", "preset"} & given.keys()  # by that run
     if result.warmup_epochs >= result.epochs and "warmup_epochs" not in given and not settled:
-        print(f"note: a warm-up of {result.warmup_epochs:g} epochs is lowered to a tenth of the {result.epochs} epochs")
+        print(f"note: the warm-up of {result.warmup_epochs:g} epochs is lowered to a tenth of --epochs {result.epochs}")
         result.warmup_epochs = result.epochs / 10
     result.batch_size_by_hand = "batch_size" in given
     return result
@@ -1113,14 +1115,14 @@ def prepare(config: RunConfig) -> torch.device:
 
 def fit_batch_size(config: RunConfig, n: int) -> None:
     """A batch larger than the n training images: an error if it was given by hand; else the preset's is lowered to
-    the power of two that makes at least 16 steps an epoch."""
+    the power of two that makes at least 16 steps an epoch, but to 16 images at the least: BN needs some."""
     if n < 2:
         raise InputError(f"--data {config.data}: only {n} image to train on; give 2 or more")
     if config.batch_size <= n:
         return
     if config.batch_size_by_hand:
         raise InputError(f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
-    lower = 2 ** max(1, int(math.log2(n / 16)))
+    lower = 2 ** int(math.log2(max(n / 16, min(n, 16))))
     print(f"note: the {config.preset} preset's batch of {config.batch_size} is lowered to {lower}, for {n} images")
     config.batch_size = lower
     config.__post_init__()  # the other flags must fit this one too
@@ -1214,12 +1216,13 @@ class Run:
         }
         own = [f for f in flags(type(config)) if f not in flags(RunConfig) or f in ("seed", "warmup_epochs")]
         about |= lines | {"settings": ", ".join(f"{f.replace('_', '-')} {getattr(config, f)}" for f in own)}
-        size = f"{config.epochs} epochs of batch {config.batch_size}"
+        size = f"{config.epochs} epoch{'s' * (config.epochs > 1)} of batch {config.batch_size}"
         if micro := config.micro_batch_size:
             size += f", in pieces of at most {micro}, which BN sees"
         print(f"{config.METHOD}, preset {config.preset}, {size} -> {self.out}")
         for name, text in about.items():
-            print(textwrap.fill(text, 116, initial_indent=f"  {name:10}", subsequent_indent=" " * 12), flush=True)
+            hang = {"initial_indent": f"  {name:10}", "subsequent_indent": " " * 12, "break_on_hyphens": False}
+            print(textwrap.fill(text, 116, **hang), flush=True)
 
     def __enter__(self) -> "Run":
         def request_stop(*_: Any) -> None:
@@ -1271,10 +1274,11 @@ class Run:
             if self.live:
                 speed = self.step_in_epoch * self.config.batch_size / self.seconds
                 left = (self.total - self.step) * self.config.batch_size / speed
+                healthy = float(feature_std(z)) * math.sqrt(self.dim)
                 line = (
-                    f"epoch {self.epoch + 1}/{self.config.epochs} step {self.step_in_epoch}/{self.steps} "
-                    f"loss {self.losses[-1]:.4f} std {feature_std(z) * math.sqrt(self.dim):.2f} of healthy "
-                    f"rank {effective_rank(z[:512]):.1f} {speed:,.0f} images/s {left / 60:.1f} min left"
+                    f"epoch {self.epoch + 1}/{self.config.epochs} {self.step_in_epoch}/{self.steps}, "
+                    f"{left / 60:.1f} min left, loss {self.losses[-1]:.4f}, std {healthy:.0%} of healthy, "
+                    f"rank {effective_rank(z[:512]):.1f}, {speed:,.0f} images/s"
                 )
                 print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if self.stop and self.step_in_epoch < self.steps:
@@ -1318,10 +1322,12 @@ class Run:
             + f"  std {std:.4f} (healthy {1 / math.sqrt(self.dim):.4f})  rank {rank:.1f}  {speed:,.0f} images/s",
             flush=True,
         )
-        if not self.warned and (alike := likeness(self.z)) > 0.95:
+        # a healthy BYOL comes near it within its first 80 steps; after a BN, two images are always opposite
+        settled = (self.step >= 200 or self.epoch == c.epochs) and len(self.z) >= 8
+        if settled and not self.warned and (alike := likeness(self.z)) > 0.9:
             self.warned = True
-            what = f"collapsed to a point or a line (mean squared cosine of two images {alike:.3f})"
-            print(f"warning: the output has {what}: {collapse_hint}", flush=True)
+            normal = f"mean squared cosine of two images {alike:.3f}, 1/d = {1 / self.dim:.3f} when spread out"
+            print(f"warning: the output has collapsed to a point or a line ({normal}): {collapse_hint}", flush=True)
         if self.stop:
             self.interrupt()
 
@@ -1341,7 +1347,8 @@ class Run:
                 known = metrics["knn_top1"] if network is model.backbone else None
                 metrics[f"knn {name}"] = knn_of(network, self.data, self.config) if known is None else known
                 print(f"  {name:24}{metrics[f'knn {name}']:.3f}", flush=True)
-        print(f"\n{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}")
+        labelled = "" if self.data.labelled() else " --data LABELLED_IMAGES"
+        print(f"\n{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}{labelled}")
         return metrics
 
     def save(self) -> None:
@@ -1364,10 +1371,11 @@ class Run:
 
     def load(self) -> None:
         state = load_checkpoint(self.checkpoint, self.config.METHOD)
-        if state["steps"] != self.steps:
+        was, now = (state["steps"], state["config"]["batch_size"]), (self.steps, self.config.batch_size)
+        if was != now:
             raise InputError(
-                f"--resume: {self.checkpoint} took {state['steps']} steps an epoch, now it would be {self.steps}; "
-                "give that run's --data and --batch-size"
+                f"--resume: {self.checkpoint} took {was[0]} steps of {was[1]} images an epoch, now it would be "
+                f"{now[0]} of {now[1]}; give that run's --data and --batch-size"
             )
         for name, part in self.parts.items():
             try:
@@ -1408,21 +1416,26 @@ class Run:
 
     def curves(self) -> None:
         """curves.png: loss, kNN, feature std against 1/sqrt(d), and effective rank, by epoch; needs matplotlib."""
+        if not self.rows:
+            return
         try:
             from matplotlib.figure import Figure
         except ImportError:
             print("no curves.png: matplotlib is not installed (pip install matplotlib)")
             return
-        figure = Figure(figsize=(14, 3.2), layout="constrained")
         lines = {"loss": 1, "kNN top-1": 5, "feature std": 3, "effective rank": 4}
-        for axes, (title, column) in zip(figure.subplots(1, 4), lines.items(), strict=True):
-            points = [(row[0], row[column]) for row in self.rows if row[column] is not None]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker=".")
+        points = {title: [(row[0], row[i]) for row in self.rows if row[i] is not None] for title, i in lines.items()}
+        panels = [title for title in lines if points[title]]  # no kNN without labels
+        figure = Figure(figsize=(3.5 * len(panels), 3.2), layout="constrained")
+        for axes, title in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            column, (x, y) = lines[title], zip(*points[title], strict=True)
+            axes.plot(x, y, marker=".")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(title=title, xlabel="epoch")
             axes.grid(alpha=0.3)
             if column == 3:
                 axes.axhline(1 / math.sqrt(self.dim), color="grey", linestyle="--", label="1/sqrt(d)")
-                axes.set_ylim(0, 1.3 * max([1 / math.sqrt(self.dim), *(y for _, y in points)]))
+                axes.set_ylim(0, 1.3 * max(1 / math.sqrt(self.dim), *y))
                 axes.legend()
             if column == 4:
                 axes.set_ylim(bottom=0)

@@ -42,6 +42,7 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
     "argv, words",
     [
         (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
+        (["--compile", "on"], "unexpected word on; a flag that is on or off takes none: --name or --no-name"),
         (["--zzz"], "unknown flag --zzz; see --help"),
         (["--epochs", "0"], "--epochs 0: must be >= 1"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
@@ -168,13 +169,13 @@ def test_one_picture_is_too_few(tmp_path, capsys):
 def test_pieces_that_do_not_divide_a_lowered_batch(tmp_path, capsys):
     argv = ["--data", photos(tmp_path / "few", classes=None), "--out", tmp_path / "run", "--backbone", "resnet8"]
     status, err = outcome(capsys, [*argv, "--micro-batch-size", "256"])
-    assert status == 2 and "--micro-batch-size 256: must divide the batch size 2" in err
+    assert status == 2 and "--micro-batch-size 256: must divide the batch size 16" in err
 
 
 def test_resume_with_another_network(few_shapes, tmp_path, capsys):
     assert outcome(capsys, [*TINY, "--out", tmp_path])[0] == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    for flags in (["--projection-dim", "32"], ["--optimizer", "lars"], ["--batch-size", "32"]):
+    for flags in (["--projection-dim", "32"], ["--optimizer", "lars"], ["--batch-size", "32"], ["--batch-size", "60"]):
         status, err = outcome(capsys, ["--out", tmp_path, "--resume", "--epochs", "2", *flags])
         assert status == 2 and err.startswith("error: --resume:") and err.count("\n") == 1, err
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
