@@ -2,7 +2,7 @@
 
 Grill, Strub, Altché, Tallec, Richemond and others, NeurIPS 2020, https://arxiv.org/abs/2006.07733
 
-Of an image two views are drawn, v = t(x) and v' = t'(x), with different strengths. The online network has to predict
+Two views of each image are drawn, v = t(x) and v' = t'(x), with different strengths. The online network has to predict
 from one view what the target network, a slow average of itself, makes of the other. There are no negatives:
 
     y = f(v)    z = g(y)    q(z)           online, with parameters theta
@@ -29,7 +29,8 @@ f is kept and all else is thrown away: y, called h in the other files, is the re
 Measured: `python byol.py`, two Xeon cores, torch 2.14.1, 2 min 45 s: kNN on held-out images 0.860 (raw pixels 0.390,
 untrained backbone 0.203).
 
-Unlike the authors' code, pictures stay in [0, 1] (theirs have the data set's mean and deviation taken off).
+Unlike the paper's (appendix B), pictures stay in [0, 1] (there, the data set's mean and deviation are taken off), and
+crops are resized bilinearly (there bicubically).
 """
 
 import math
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 import common
 from common import RunConfig, coin, where_drawn
 
-SHORTER = {"data": "imagenet", "weight_decay": 1e-6, "momentum": 0.99}  # of 100 and 300 epochs (the authors' code)
+SHORT = {"data": "imagenet", "weight_decay": 1e-6, "momentum": 0.99}  # of both 100 and 300 epochs (the authors' code)
 
 
 @dataclass(kw_only=True)
@@ -53,8 +54,8 @@ class Config(RunConfig):
     METHOD: ClassVar[str] = "byol"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"data": "imagenet"},  # not downloadable: --data says where it is
-        "paper-300": SHORTER | {"epochs": 300, "lr": 0.3},
-        "paper-100": SHORTER | {"epochs": 100, "lr": 0.45},
+        "paper-300": SHORT | {"epochs": 300, "lr": 0.3},
+        "paper-100": SHORT | {"epochs": 100, "lr": 0.45},
         "cifar": {  # ours, since the paper does not pretrain on CIFAR-10: its views without the blur
             **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "epochs": 800, "batch_size": 256},
             **{"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.99, "hidden_dim": 2048},
@@ -76,7 +77,9 @@ class Config(RunConfig):
         "cifar100, paper (1000 epochs) for anything else",
     ] = "paper"
     momentum: Annotated[
-        float, "tau_base, risen to 1 by a cosine; 0 = the target is the online network, all along (table 5a)", "0 to 1"
+        float,
+        "tau_base, raised to 1 by a cosine; 0 = the target is the online network, 1 = a fixed random one (table 5a)",
+        "0 to 1",
     ] = 0.996
     predictor: Annotated[bool, "q; without it all collapses (table 5b)"] = True
     symmetric: Annotated[bool, "add the loss with the views exchanged (section 3.1)"] = True
@@ -88,9 +91,7 @@ class Config(RunConfig):
     rotate: Annotated[bool, "random quarter turns (not in the paper; for pictures that have no upright)"] = False
     blur_1: Annotated[float, "probability that the first view is blurred (table 6)", "0 to 1"] = 1.0
     blur_2: Annotated[float, "the same for the second view", "0 to 1"] = 0.1
-    solarize_1: Annotated[float, "probability that the first view's bright pixels are inverted (table 6)", "0 to 1"] = (
-        0.0
-    )
+    solarize_1: Annotated[float, "the same of inverting the first view's bright pixels (table 6)", "0 to 1"] = 0.0
     solarize_2: Annotated[float, "the same for the second view", "0 to 1"] = 0.2
     epochs: Annotated[int, "passes over the training images (section 3.2)", ">= 1"] = 1000
     batch_size: Annotated[int, "N, images in a step (section 3.2)", ">= 1"] = 4096
@@ -111,12 +112,10 @@ class Config(RunConfig):
         return self.lr * self.batch_size / 256
 
     def culprits(self) -> str:
-        """What to tell a run whose output has collapsed: the flags that the paper shows to do that (table 5)."""
+        """What the warning of a collapse says: the flags that cause one (table 5)."""
         flags = {"--momentum 0": self.momentum == 0, "--no-predictor": not self.predictor}
         found = [flag for flag, given in flags.items() if given]
-        if not found:
-            return "try a lower --lr" + " or a larger --momentum" * (self.momentum < 1)
-        return f"{' and '.join(found)} {'do' if len(found) > 1 else 'does'} that"
+        return "caused by " + " and ".join(found) if found else "try a lower --lr"
 
 
 def augment(x: Tensor, config: Config, blur: float, solarize: float) -> Tensor:
@@ -133,7 +132,7 @@ def augment(x: Tensor, config: Config, blur: float, solarize: float) -> Tensor:
     x = where_drawn(x, coin(n, config.grey_probability), common.to_grey)
     if blur > 0:
         kernel, sigma = max(3, config.image_size // 10 // 2 * 2 + 1), torch.empty(n).uniform_(0.1, 2.0)
-        x = where_drawn(x, coin(n, blur), lambda y, s: common.gaussian_blur(y, s, kernel), sigma)
+        x = where_drawn(x, coin(n, blur), lambda y, sigma: common.gaussian_blur(y, sigma, kernel), sigma)
     return where_drawn(x, coin(n, solarize), common.solarize) if solarize > 0 else x
 
 
@@ -154,7 +153,7 @@ class BYOL(nn.Module):
         self.backbone = common.build_backbone(config)
         self.projector = mlp(self.backbone.feature_dim, hidden, self.dim)
         self.predictor = mlp(self.dim, hidden, self.dim) if config.predictor else nn.Identity()
-        # of a random start of its own, as in the authors' code: with --momentum 1 it stays there
+        # starts at random weights of its own (the authors' code), where --momentum 1 leaves it
         self.target = nn.Sequential(common.build_backbone(config), mlp(self.backbone.feature_dim, hidden, self.dim))
         self.target.requires_grad_(False)
         if config.momentum == 0:
@@ -171,8 +170,10 @@ class BYOL(nn.Module):
 
 
 def tau_at(step: int, total: int, base: float) -> float:
-    """tau at `step` k of `total` K, 0 <= k <= K (section 3.2): from `base` to 1; a base of 0 stays (table 5a)."""
-    return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2 if base > 0 else 0.0
+    """tau at `step` k of `total` K, 0 <= k <= K: from `base` to 1 (section 3.2)."""
+    if base == 0:
+        return 0.0  # the target stays the online network (table 5a)
+    return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def byol_loss(q: Tensor, z: Tensor) -> Tensor:
@@ -190,19 +191,24 @@ def train(config: Config) -> dict[str, Any]:
     if config.compile:
         for network in (model, model.predictor, model.target):
             network.compile()
-    n, lr, weights = config.batch_size, config.peak_lr(), common.parameter_groups(model, config.weight_decay)
+    n, lr, micro = config.batch_size, config.peak_lr(), config.micro_batch_size
+    weights = common.parameter_groups(model, config.weight_decay)
     if config.optimizer == "lars":
         optimizer = common.LARS(weights, lr=lr, momentum=0.9, lr_in_momentum=False)
     else:
         optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
-    fixed = {0: "the online network itself", 1: "fixed at its random start"}
+    target = f"moving average, tau from {config.momentum:g} to 1 by a cosine"
+    if config.momentum in (0, 1):
+        target = "the online network itself (--momentum 0)" if config.momentum == 0 else "random, fixed (--momentum 1)"
     run.header(
         optimizer=f"{config.optimizer}, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
         f"{config.weight_decay:g}, not on BN and biases",
         loss=f"byol_loss, mean over N = {n} images" + "; the sum of both directions, 0 to 8" * config.symmetric,
-        target=fixed.get(config.momentum, f"moving average, tau from {config.momentum:g} to 1 by a cosine"),
+        predictor="mlp" if config.predictor else "none, q(z) = z (--no-predictor)",
+        target=target,
+        watched="std and rank are those of q(z); it ends without a BN, so well below healthy is usual",
     )
 
     model.train()  # the target too: its BN takes the statistics of the batch
@@ -215,20 +221,17 @@ def train(config: Config) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = now
                 optimizer.zero_grad()
-                loss, qs, micro = 0.0, [], config.micro_batch_size
-                for v, other in [(v1, v2), (v2, v1)] if config.symmetric else [(v1, v2)]:
-                    with common.autocast(config, device):  # the views one after the other: BN statistics are of one
-                        z = common.embed_in_pieces(model, micro, v)  # (N, d)
-                        q = model.predictor(z)
-                        with torch.no_grad():
-                            z_target = common.embed_in_pieces(model.target, micro, other)
-                    loss = loss + byol_loss(q.float(), z_target.float())
-                    qs.append(q)
+                pairs = [(v1, v2), (v2, v1)] if config.symmetric else [(v1, v2)]
+                with common.autocast(config, device):  # one view after the other: BN statistics are of one view
+                    q = [model.predictor(common.embed_in_pieces(model, micro, v)) for v, _ in pairs]  # (N, d) each
+                    with torch.no_grad():
+                        z = [common.embed_in_pieces(model.target, micro, v) for _, v in pairs]
+                loss = sum(byol_loss(q_i.float(), z_i.float()) for q_i, z_i in zip(q, z, strict=True))
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 model.update_target(tau_at(run.step, run.total, config.momentum))  # after the step (section 3.2)
-                run.after_step(loss, qs[0], now, v1, v2)
+                run.after_step(loss, q[0], now, v1, v2)
             run.after_epoch(knn=lambda: common.knn_of(model.backbone, data, config), collapse_hint=config.culprits())
     torch.manual_seed(config.seed)
     return run.finish(untrained=BYOL(config).to(device, memory_format=torch.channels_last))

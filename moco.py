@@ -140,7 +140,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
         x = where_drawn(x, coin(n, 0.2), common.to_grey)
         if config.blur:
             kernel, sigma = max(3, config.image_size // 10 // 2 * 2 + 1), torch.empty(n).uniform_(0.1, 2.0)
-            x = where_drawn(x, coin(n, 0.5), lambda y, s: common.gaussian_blur(y, s, kernel), sigma)
+            x = where_drawn(x, coin(n, 0.5), lambda y, sigma: common.gaussian_blur(y, sigma, kernel), sigma)
     return where_drawn(x, coin(n, 0.5), common.flip)
 
 

@@ -2,7 +2,7 @@
 
 Chen, He, CVPR 2021, https://arxiv.org/abs/2011.10566
 
-Of an image two views are drawn. A predictor has to say from one view's output what the other's is, and no gradient
+Two views of each image are drawn. A predictor has to say from one view's output what the other's is, and no gradient
 flows through the other. There are no negatives, no momentum encoder and no large batch; without the stop-gradient
 all outputs collapse to one:
 
@@ -10,7 +10,7 @@ all outputs collapse to one:
     D(p, z) = -(p / |p|) . (z / |z|)                                                                  (equation 1)
     L = 1/2 D(p_1, stopgrad(z_2)) + 1/2 D(p_2, stopgrad(z_1))      a mean over N images, -1 to 1      (equation 4)
 
-The projection MLP is thrown away: the backbone's output h(x) is the representation (no kin of the predictor h).
+The projection MLP is thrown away: the backbone's output is the representation (the other files' h; not the predictor).
 
     paper                      here                                flag
     f                          model.backbone, .projector          --backbone, --projection-dim, --projector-layers
@@ -20,8 +20,8 @@ The projection MLP is thrown away: the backbone's output h(x) is the representat
     N (table 2)                config.batch_size                   --batch-size
     BN in the heads (table 3)  layer                               --head-bn
     symmetry (section 4.6)     PAIRS                               --symmetry
-    eta_x, k SGD steps (5.3)   Cache                               --alternate-every
-    eta_x, its mean (5.3)      Bank                                --target moving-average, --target-momentum
+    eta_x, k SGD steps (5.2)   Cache                               --alternate-every
+    eta_x, its mean (5.2)      Bank                                --target moving-average, --target-momentum
 
     python simsiam.py                                       the demo: embedded data, two CPU cores, three minutes
     python simsiam.py --data /my/photos --backbone resnet18 --batch-size 256
@@ -36,7 +36,7 @@ learning rate moves at every step (theirs at every epoch).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -78,7 +78,8 @@ class Config(RunConfig):
         "h (table 1); fixed = at its random start; auto = mlp, or none with --target moving-average",
     ] = "auto"
     predictor_lr: Annotated[
-        Literal["decayed", "constant"], "of h (table 1: constant is 0.4 ahead, and stands in the paper's other tables)"
+        Literal["decayed", "constant"],
+        "of h: decayed like the rest, or not (table 1: 67.7 and 68.1; constant in the paper's other tables)",
     ] = "decayed"
     predictor_dim: Annotated[int, "width of h's hidden layer (section 3); nothing with --predictor none", ">= 1"] = 512
     projection_dim: Annotated[int, "d, width of z and p (section 3)", ">= 1"] = 2048
@@ -86,20 +87,22 @@ class Config(RunConfig):
     projector_layers: Annotated[int, "Linear layers of the projector (section 3; CIFAR, appendix D: 2)", ">= 1"] = 3
     head_bn: Annotated[
         Literal["none", "hidden", "default", "all"],
-        "BN in the heads: after no layer, the hidden ones, those and z, those and z and p (table 3)",
+        "BN in the heads: none; after hidden layers; default = those and z; all = those, z and p (table 3)",
     ] = "default"
     similarity: Annotated[Literal["cosine", "cross-entropy"], "D (section 4.5)"] = "cosine"
     symmetry: Annotated[
         Literal["symmetric", "asymmetric", "asymmetric-2x"],
-        "predict each view from the other; one from the other; or so with two pairs of an image (section 4.6)",
+        "each view predicts the other; the first predicts the second; the same for two pairs of views (section 4.6)",
     ] = "symmetric"
     alternate_every: Annotated[
-        int, "compute the targets of k steps before them, each epoch anew; 0 = of an epoch (section 5.3)", ">= 0"
+        int,
+        "k: compute the targets of k steps at once, before them; 1 = of each step, 0 = of an epoch (section 5.2)",
+        ">= 0",
     ] = 1
     target: Annotated[
-        Literal["batch", "moving-average"], "z of the other view, or its moving average for each image (section 5.3)"
+        Literal["batch", "moving-average"], "z of the other view, or each image's moving average of it (section 5.2)"
     ] = "batch"
-    target_momentum: Annotated[float, "m of the moving average (section 5.3)", "0 to 1"] = 0.8
+    target_momentum: Annotated[float, "m of the moving average (section 5.2)", "0 to 1"] = 0.8
     crop_min_scale: Annotated[float, "least area of a crop; the most is 1 (appendix A)", "> 0, <= 1"] = 0.2
     jitter_strength: Annotated[float, "times the colour jitter of 0.4, 0.4, 0.4, 0.1 (appendix A: 1)", ">= 0"] = 1.0
     grey_probability: Annotated[float, "drop the colours, after the jitter (appendix A)", "0 to 1"] = 0.2
@@ -110,56 +113,55 @@ class Config(RunConfig):
     lr: Annotated[float, "learning rate for N = 256; it is scaled by N/256 (section 3)", "> 0"] = 0.05
     weight_decay: Annotated[float, "weight decay, on everything (section 3)", ">= 0"] = 1e-4
     warmup_epochs: Annotated[
-        float, "epochs of linear warm-up, then a cosine to 0; nan = 10 from N = 1024 on, else 0 (section 4.3)", ">= 0"
+        float,
+        "epochs of linear warm-up, then a cosine to 0; nan, when left out: 10 for N >= 1024 (section 4.3) and for "
+        "--head-bn none (section 4.4), else 0",
+        ">= 0",
     ] = math.nan
     out: Annotated[str, "folder of the run's files"] = "runs/simsiam"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup_epochs is math.nan:  # (this very nan: another one is an error)
-            self.warmup_epochs = 10.0 if self.batch_size >= 1024 else 0.0
+            self.warmup_epochs = 10.0 if self.batch_size >= 1024 or self.head_bn == "none" else 0.0
         if self.predictor == "auto":
             self.predictor = "none" if self.target == "moving-average" else "mlp"
         if self.jitter_strength > 5:
             raise common.InputError(f"--jitter-strength {self.jitter_strength}: at most 5 (a hue shift of half a turn)")
-        average, ahead = self.target == "moving-average", self.alternate_every != 1
-        wrong = {
-            "--batch-size 1: BN has nothing to compare then; give 2 or more": self.batch_size == 1,
-            "--predictor-lr constant: there is no predictor that learns; leave it out": (
-                self.predictor_lr == "constant" and self.predictor != "mlp"
+        average, ahead, learns = self.target == "moving-average", self.alternate_every != 1, self.predictor == "mlp"
+        constant, cross_entropy = self.predictor_lr == "constant", self.similarity == "cross-entropy"
+        for wrong, message in (
+            (self.batch_size == 1, "--batch-size 1: BN has nothing to compare then; give 2 or more"),
+            (constant and not learns, "--predictor-lr constant: there is no predictor that learns; leave it out"),
+            (self.head_bn == "all" and self.predictor == "none", "--head-bn all: there is no predictor; take default"),
+            (not average and self.target_momentum != 0.8, "--target-momentum: only --target moving-average has one"),
+            (
+                average and cross_entropy,
+                "--similarity cross-entropy: the moving average is of unit vectors; take cosine",
             ),
-            "--head-bn all: there is no predictor whose output could have BN; take default": (
-                self.head_bn == "all" and self.predictor == "none"
+            (average and ahead, "--alternate-every and --target moving-average: leave one of the two out"),
+            (average and not self.stop_gradient, "--no-stop-gradient: a moving average has no gradient; leave it out"),
+            (
+                ahead and not self.stop_gradient,
+                "--no-stop-gradient: --alternate-every has no gradient to stop; leave it out",
             ),
-            "--target-momentum: only --target moving-average has one; add it or leave this out": (
-                not average and self.target_momentum != 0.8
-            ),
-            "--similarity cross-entropy: the moving average is of vectors of length 1; take cosine": (
-                average and self.similarity == "cross-entropy"
-            ),
-            "--alternate-every: the moving average moves at every step; leave one of the two out": average and ahead,
-            "--no-stop-gradient: no gradient can reach a moving average or the targets of earlier steps; leave it out, "
-            "or --target and --alternate-every": not self.stop_gradient and (average or ahead),
-        }
-        for message, given in wrong.items():
-            if given:
+        ):
+            if wrong:
                 raise common.InputError(message)
 
     def peak_lr(self) -> float:
         return self.lr * self.batch_size / 256
 
     def culprits(self) -> str:
-        """What to tell a run whose output has collapsed: the flags that do that (figure 2, tables 1 and 3)."""
+        """What the warning of a collapse says: the flags that cause one (figure 2, table 1, the README)."""
         flags = {
             "--no-stop-gradient": not self.stop_gradient,
             "--predictor none": self.predictor == "none" and self.target == "batch",
             "--head-bn none": self.head_bn == "none",
-            f"--target-momentum {self.target_momentum:g}": self.target != "batch" and self.target_momentum in (0, 1),
+            "--target moving-average": self.predictor == "none" and self.target != "batch",
         }
         found = [flag for flag, given in flags.items() if given]
-        if not found:
-            return "try a lower --lr or a larger --batch-size"
-        return f"{' and '.join(found)} {'do' if len(found) > 1 else 'does'} that"
+        return "caused by " + " and ".join(found) if found else "try a lower --lr or a larger --batch-size"
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
@@ -169,7 +171,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
     x = where_drawn(x, coin(n, config.grey_probability), common.to_grey)
     if config.blur:
         kernel, sigma = max(3, config.image_size // 10 // 2 * 2 + 1), torch.empty(n).uniform_(0.1, 2.0)
-        x = where_drawn(x, coin(n, 0.5), lambda y, s: common.gaussian_blur(y, s, kernel), sigma)
+        x = where_drawn(x, coin(n, 0.5), lambda y, sigma: common.gaussian_blur(y, sigma, kernel), sigma)
     if config.rotate:
         x = common.rotate(x, torch.randint(4, (n,)))
     return where_drawn(x, coin(n, 0.5), common.flip)
@@ -195,7 +197,7 @@ class SimSiam(nn.Module):
         self.dim, hidden = config.projection_dim, config.hidden_dim
         widths = [self.backbone.feature_dim] + [hidden] * (config.projector_layers - 1)
         hidden_bn, z_bn = config.head_bn != "none", config.head_bn in ("default", "all")
-        layers = [layer(i, o, hidden_bn) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [layer(i, o, hidden_bn) for i, o in pairwise(widths)]
         layers += [layer(widths[-1], self.dim, z_bn, relu=False, affine=False)]
         self.projector = nn.Sequential(*sum(layers, []))
         self.predictor = nn.Identity()
@@ -215,17 +217,17 @@ def negative_cosine(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
     return -(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
 
 
-def cross_entropy(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
+def softmax_cross_entropy(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
     """D(p, stopgrad(z)) = -softmax(z) . log softmax(p), over d pseudo-categories; else as `negative_cosine` (4.5)."""
     z = z.detach() if stop_gradient else z
     return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
 
-DISTANCES = {"cosine": negative_cosine, "cross-entropy": cross_entropy}
+DISTANCES = {"cosine": negative_cosine, "cross-entropy": softmax_cross_entropy}
 
 
 class Cache:
-    """eta_x of the images of the coming steps, at most k, from the network as it was before the first of them (5.3).
+    """eta_x of the images of the coming steps, at most k, from the network as it was before the first of them (5.2).
 
     The solver of theta (equation 7) takes k SGD steps towards them, with views T(x) of its own. `embed` makes z of
     crops, `views` are drawn of an image, and those in `predicted` are targets. `waiting` holds an (N, len(predicted),
@@ -267,7 +269,7 @@ class Cache:
 
 
 class Bank(nn.Module):
-    """eta_x of each of M images, (M, d): the moving average of its z / |z|, in place of the predictor (section 5.3).
+    """eta_x of each of M images, (M, d): the moving average of its z / |z|, in place of the predictor (section 5.2).
 
     It starts at random unit vectors, as a memory bank does: from zeros, the first epoch would predict z itself, which
     collapses.
@@ -281,12 +283,11 @@ class Bank(nn.Module):
     def update(self, index: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """eta_x <- m eta_x + (1 - m) z/|z| for the images index (N,): the mean over `targets` is stored, each returned.
 
-        So what a view is to predict holds nothing of the view itself from this step.
+        So a view's target does not contain that view.
         """
-        index = index.to(self.eta.device)
-        moved = [
-            self.momentum * self.eta[index] + (1 - self.momentum) * F.normalize(z.detach(), dim=1) for z in targets
-        ]
+        index = index.to(self.eta.device, non_blocking=True)
+        m, old = self.momentum, self.eta[index]
+        moved = [m * old + (1 - m) * F.normalize(z.detach(), dim=1) for z in targets]
         self.eta[index] = torch.stack(moved).mean(0)
         return moved
 
@@ -300,9 +301,9 @@ def train(config: Config) -> dict[str, Any]:
     if config.compile:
         for network in (model, model.predictor):
             network.compile()
-    n, lr, distance, micro = config.batch_size, config.peak_lr(), DISTANCES[config.similarity], config.micro_batch_size
-    online, predicted = zip(*PAIRS[config.symmetry], strict=True)  # view online[m] predicts view predicted[m]
-    views = 1 + max(online + predicted)
+    n, lr, micro = config.batch_size, config.peak_lr(), config.micro_batch_size
+    distance, pairs = DISTANCES[config.similarity], PAIRS[config.symmetry]
+    online, views = {i for i, _ in pairs}, 1 + max(map(max, pairs))  # the views that predict; those drawn of an image
 
     def embed(x: Tensor) -> Tensor:
         with common.autocast(config, device), common.still_statistics(model):
@@ -310,49 +311,52 @@ def train(config: Config) -> dict[str, Any]:
 
     steps = len(data.train) // n
     k = min(config.alternate_every or steps, steps)
-    cache = Cache(k, views, predicted, embed) if config.alternate_every != 1 else None
+    cache = Cache(k, views, [j for _, j in pairs], embed) if config.alternate_every != 1 else None
     bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
 
-    theta = [p for name, p in model.named_parameters() if not name.startswith("predictor.")]
-    theta_h = [p for p in model.predictor.parameters() if p.requires_grad]
-    groups = [{"params": theta, "constant": False}, {"params": theta_h, "constant": config.predictor_lr == "constant"}]
+    groups = [
+        {"params": [*model.backbone.parameters(), *model.projector.parameters()], "constant": False},
+        {"params": list(model.predictor.parameters()), "constant": config.predictor_lr == "constant"},
+    ]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler} | ({"cache": cache} if cache else {})
-    run = common.Run(config, data, device, **parts | ({"bank": bank} if bank else {}))
-    targets = "z of the same step"
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "cache": cache, "bank": bank}
+    run = common.Run(config, data, device, **{name: part for name, part in parts.items() if part is not None})
+    source = "z of the same step"
     if cache:
-        targets = f"z from before each {k} steps, {4e-6 * k * n * len(online) * model.dim:,.0f} MB"
+        source = f"z from before each {k} steps, {4e-6 * k * n * len(pairs) * model.dim:,.0f} MB"
     if bank:
-        targets = f"moving average of z / |z|, m {config.target_momentum:g}, {4e-6 * bank.eta.numel():,.0f} MB"
+        source = f"moving average of z / |z|, m {config.target_momentum:g}, {4e-6 * bank.eta.numel():,.0f} MB"
+    predictors = {"mlp": f"mlp, its lr {config.predictor_lr}", "fixed": "fixed at its start", "none": "none, p = z"}
     run.header(
         optimizer=f"sgd, momentum 0.9, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), weight decay "
-        f"{config.weight_decay:g} on everything" + f"; the predictor's lr {config.predictor_lr}" * bool(theta_h),
-        loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and {len(online)} predictions of each",
-        targets=targets + ("; no gradient" if config.stop_gradient else "; with a gradient, which collapses"),
+        f"{config.weight_decay:g} on everything",
+        loss=f"{config.similarity}, {config.symmetry}; mean over N = {n} images and their predictions"
+        + ", -1 to 1" * (config.similarity == "cosine"),
+        predictor=predictors[config.predictor],
+        targets=source + ("; no gradient" if config.stop_gradient else "; with a gradient (--no-stop-gradient)"),
     )
 
     model.train()
     with run:
         while run.epoch < config.epochs:
             for index, crops in run.batches(views=views, scale=(config.crop_min_scale, 1.0)):
-                eta = cache.next(run) if cache else None  # computed before the last k steps (section 5.3)
+                targets = cache.next(run) if cache else None  # computed before the last k steps (section 5.2)
                 x = [augment(crop, config) for crop in crops]
                 now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr if group["constant"] else now
                 optimizer.zero_grad()
                 with common.autocast(config, device):
-                    z = {}
-                    for i in sorted({*online} if cache else {*online, *predicted}):
+                    z = []  # (N, d) each, one view after the other: BN statistics are of one view
+                    for i, view in enumerate(x):
                         with torch.set_grad_enabled(i in online or not config.stop_gradient):
-                            # (N, d), one view after the other: BN statistics are of one view
-                            z[i] = common.embed_in_pieces(model, micro, x[i])
-                    p = [model.predictor(z[i]).float() for i in online]
-                eta = eta or [z[j].float() for j in predicted]  # (N, d) each
+                            z.append(common.embed_in_pieces(model, micro, view))
+                    p = [model.predictor(z[i]).float() for i, _ in pairs]
+                targets = targets or [z[j].float() for _, j in pairs]
                 if bank:
-                    eta = bank.update(index, eta)
-                losses = [distance(p_i, eta_j, config.stop_gradient) for p_i, eta_j in zip(p, eta, strict=True)]
+                    targets = bank.update(index, targets)
+                losses = [distance(p_i, z_j, config.stop_gradient) for p_i, z_j in zip(p, targets, strict=True)]
                 loss = sum(losses) / len(losses)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)

@@ -146,7 +146,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
     if config.blur_probability > 0:
         kernel, sigma = max(3, config.image_size // 10 // 2 * 2 + 1), torch.empty(n).uniform_(0.1, 2.0)
         blur = coin(n, config.blur_probability)
-        x = where_drawn(x, blur, lambda y, s: common.gaussian_blur(y, s, kernel), sigma)
+        x = where_drawn(x, blur, lambda y, sigma: common.gaussian_blur(y, sigma, kernel), sigma)
     return x
 
 

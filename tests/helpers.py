@@ -54,6 +54,32 @@ def resumes_bit_for_bit(method, config, given, parts, tmp_path, monkeypatch):
     return whole, resumed
 
 
+def follows_the_schedule(method, config, tmp_path, monkeypatch):
+    """The learning rate of each of 6 steps, 3 of them warm-up, and the area of a run's crops, two of an image."""
+    rates, scales, views = [], [], []
+    step, crops, after = torch.optim.SGD.step, common.Images.crops, common.Run.after_step
+
+    def spy_crops(images, batches, size, count, scale, *rest):
+        scales.append(scale)
+        return crops(images, batches, size, count, scale, *rest)
+
+    def spy_after(run, loss, z, lr, *seen):
+        views.append((z, lr, *seen))
+        after(run, loss, z, lr, *seen)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda o: rates.append([g["lr"] for g in o.param_groups]) or step(o))
+    monkeypatch.setattr(common.Images, "crops", spy_crops)
+    monkeypatch.setattr(common.Run, "after_step", spy_after)
+    monkeypatch.setattr(method, "augment", lambda x, *rest: x)
+    given = {"epochs": 2, "warmup_epochs": 1.0, "batch_size": 64, "crop_min_scale": 0.3, "knn_every": 0}
+    c = config(**given, out=str(tmp_path))
+    method.train(c)
+    assert rates == [[common.cosine_lr(k, 6, 3, c.peak_lr())] * 2 for k in range(6)]
+    assert [lr for _, lr, *_ in views] == [first for first, _ in rates] and set(scales) == {(0.3, 1.0)}
+    assert all(z.shape == (64, c.projection_dim) and not torch.equal(v1, v2) for z, _, v1, v2 in views)
+    return views
+
+
 def trains_in_pieces(method, config, given, tmp_path):
     """One piece of N images changes nothing, to the bit; of pieces of N / 4, each network's BN sees more."""
     given = {"epochs": 1, "batch_size": 32, "knn_every": 0} | given

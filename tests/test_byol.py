@@ -11,7 +11,7 @@ from torch import nn
 import byol
 import common
 import linear_eval
-from tests.helpers import refusal, resumes_bit_for_bit, saved, trains_in_pieces
+from tests.helpers import follows_the_schedule, refusal, resumes_bit_for_bit, saved, trains_in_pieces
 
 
 def config(**given):
@@ -88,7 +88,7 @@ def test_the_target_moves_on_parameters_only(tau):
 
 
 def test_the_order_of_a_step(few_shapes, tmp_path, monkeypatch):
-    """Online on one view, target in train mode and without a gradient on the other; twice; then SGD, then the EMA."""
+    """Online on each view, then the target, in train mode and without a gradient; then SGD, then the EMA."""
     events, init = [], byol.BYOL.__init__
 
     def spy(owner, name, note=lambda *a: ()):
@@ -106,8 +106,8 @@ def test_the_order_of_a_step(few_shapes, tmp_path, monkeypatch):
     spy(byol.BYOL, "forward", lambda model, x: (len(x), model.training, torch.is_grad_enabled()))
     spy(torch.optim.SGD, "step")
     byol.train(config(epochs=1, batch_size=64, knn_every=0, momentum=0.9, out=str(tmp_path)))
-    one = [("forward", 64, True, True), ("target", 64, True, False)]
-    steps = [[*one, *one, ("step",), ("update_target", byol.tau_at(k, 3, 0.9))] for k in range(3)]
+    views = [("forward", 64, True, True)] * 2 + [("target", 64, True, False)] * 2
+    steps = [[*views, ("step",), ("update_target", byol.tau_at(k, 3, 0.9))] for k in range(3)]
     assert events == sum(steps, [])
 
 
@@ -132,7 +132,7 @@ def by_hand(model, v1, v2, c):
 def test_a_step_is_sgd_on_equation_2_then_the_moving_average(flags, few_shapes, tmp_path, monkeypatch):
     seen, augment = [], byol.augment
     monkeypatch.setattr(byol, "augment", lambda *a: seen.append(augment(*a)) or seen[-1])
-    c = config(epochs=1, batch_size=200, knn_every=0, out=str(tmp_path), **flags)
+    c = config(epochs=1, batch_size=200, knn_every=0, weight_decay=0.1, out=str(tmp_path), **flags)
     metrics = byol.train(c)
     v1, v2 = seen
     model = start_of(c)
@@ -218,6 +218,18 @@ def test_the_optimizer(optimizer, few_shapes, tmp_path):
         assert weights["adapt"] and not rest["adapt"] and not weights["lr_in_momentum"]
     model = byol.BYOL(c)
     assert len(weights["params"]) == sum(p.ndim > 1 for p in model.parameters() if p.requires_grad)
+
+
+def test_the_schedule_and_the_crops(few_shapes, tmp_path, monkeypatch):
+    qs, init = [], byol.BYOL.__init__
+
+    def keep(self, c):
+        init(self, c)
+        self.predictor.register_forward_hook(lambda m, x, q: qs.append(q))
+
+    monkeypatch.setattr(byol.BYOL, "__init__", keep)
+    views = follows_the_schedule(byol, config, tmp_path, monkeypatch)
+    assert all(z is q for (z, *_), q in zip(views, qs[::2], strict=True))  # what enters the loss is what is watched
 
 
 def test_the_two_views_differ_in_blur_and_solarization(monkeypatch, few_shapes, tmp_path):
@@ -310,10 +322,10 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ({"momentum": 0.0}, "--momentum 0 does that"),
-        ({"predictor": False}, "--no-predictor does that"),
-        ({"predictor": False, "momentum": 0.0}, "--momentum 0 and --no-predictor do that"),
-        ({}, "try a lower --lr or a larger --momentum"),
+        ({"momentum": 0.0}, "caused by --momentum 0"),
+        ({"predictor": False}, "caused by --no-predictor"),
+        ({"predictor": False, "momentum": 0.0}, "caused by --momentum 0 and --no-predictor"),
+        ({}, ": try a lower --lr"),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from torch import nn
 import common
 import linear_eval
 import simsiam
-from tests.helpers import python, refusal, resumes_bit_for_bit, saved, trains_in_pieces
+from tests.helpers import follows_the_schedule, python, refusal, resumes_bit_for_bit, saved, trains_in_pieces
 
 SMALL = {"image_size": 16, "hidden_dim": 32, "projection_dim": 16, "predictor_dim": 8}
 
@@ -44,9 +44,9 @@ def test_cross_entropy_is_that_of_softmaxes():
     for a, b in zip(p, z, strict=True):
         target, guess = b.exp() / b.exp().sum(), a.exp() / a.exp().sum()
         total -= float((target * guess.log()).sum())
-    assert math.isclose(simsiam.cross_entropy(p, z).item(), total / 5, rel_tol=1e-12)
+    assert math.isclose(simsiam.softmax_cross_entropy(p, z).item(), total / 5, rel_tol=1e-12)
     flat = torch.zeros(3, 8, dtype=torch.float64)
-    assert math.isclose(simsiam.cross_entropy(flat, flat).item(), math.log(8))
+    assert math.isclose(simsiam.softmax_cross_entropy(flat, flat).item(), math.log(8))
 
 
 @pytest.mark.parametrize("distance", simsiam.DISTANCES.values(), ids=simsiam.DISTANCES)
@@ -93,7 +93,7 @@ def by_hand(model, x, c):
 def test_a_step_is_sgd_on_equation_4(flags, few_shapes, tmp_path, monkeypatch):
     seen, augment = [], simsiam.augment
     monkeypatch.setattr(simsiam, "augment", lambda x, c: seen.append(augment(x, c)) or seen[-1])
-    c = config(epochs=1, batch_size=200, knn_every=0, out=str(tmp_path), **flags)
+    c = config(epochs=1, batch_size=200, knn_every=0, weight_decay=0.1, out=str(tmp_path), **flags)
     metrics = simsiam.train(c)
     assert len(seen) == (4 if c.symmetry == "asymmetric-2x" else 2) and not torch.equal(seen[0], seen[1])
 
@@ -194,10 +194,22 @@ def test_defaults_are_the_papers():
     assert c.peak_lr() == 0.1 and c.crop_min_scale == 0.2
     assert simsiam.Config(batch_size=1024).warmup_epochs == 10 and simsiam.Config(batch_size=512).warmup_epochs == 0
     assert simsiam.Config(batch_size=4096, warmup_epochs=0.0).warmup_epochs == 0
+    assert simsiam.Config(head_bn="none").warmup_epochs == 10  # section 4.4
     cifar = common.parse_args(simsiam.Config, ["--data", "cifar10"])
     assert (cifar.lr, cifar.weight_decay, cifar.epochs, cifar.batch_size) == (0.03, 5e-4, 800, 512)
     assert (cifar.projector_layers, cifar.blur, cifar.backbone) == (2, False, "resnet18")
     assert simsiam.Config(target="moving-average").predictor == "none"
+
+
+def test_the_schedule_and_the_crops(few_shapes, tmp_path, monkeypatch):
+    zs, forward = [], simsiam.SimSiam.forward
+    monkeypatch.setattr(simsiam.SimSiam, "forward", lambda self, x: zs.append(forward(self, x)) or zs[-1])
+    views = follows_the_schedule(simsiam, config, tmp_path, monkeypatch)
+    assert all(torch.equal(z, z1) for (z, *_), z1 in zip(views, zs[:12:2], strict=True))  # z_1 is what is watched
+    groups = saved(tmp_path, "optimizer")["param_groups"]
+    assert all((g["momentum"], g["weight_decay"]) == (0.9, 1e-4) for g in groups)  # on BN and biases too
+    model = simsiam.SimSiam(config())
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("which", ["decayed", "constant"])
@@ -277,10 +289,13 @@ def test_targets_are_computed_before_k_steps(k, starts, few_shapes, tmp_path, mo
 
 
 def test_targets_ahead_have_views_of_their_own_and_leave_the_statistics(few_shapes, tmp_path, monkeypatch):
-    seen, augment = [], simsiam.augment
+    seen, augment, asked, crops = [], simsiam.augment, [], common.Images.crops
     monkeypatch.setattr(simsiam, "augment", lambda x, c: seen.append(augment(x, c)) or seen[-1])
+    monkeypatch.setattr(common.Images, "crops", lambda *a: asked.append(a[3:6]) or crops(*a))
     c = config(epochs=1, batch_size=100, knn_every=0, alternate_every=2, out=str(tmp_path))
     simsiam.train(c)
+    (views, scale, seed), (views_ahead, scale_ahead, seed_ahead) = asked
+    assert (views, scale) == (views_ahead, scale_ahead) == (2, (0.5, 1.0)) and seed != seed_ahead
     assert len(seen) == 8 and not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
     torch.manual_seed(c.seed)
     start = simsiam.SimSiam(c)
@@ -401,8 +416,9 @@ def test_streamed_images_without_labels(tmp_path):
         (["--predictor", "none", "--predictor-lr", "constant"], "--predictor-lr constant:"),
         (["--predictor", "fixed", "--predictor-lr", "constant"], "--predictor-lr constant:"),
         (["--predictor", "none", "--head-bn", "all"], "--head-bn all:"),
-        (["--target-momentum", "0.5"], "--target-momentum: only --target moving-average"),
-        (["--target", "moving-average", "--alternate-every", "2"], "--alternate-every:"),
+        (["--target-momentum", "0.5"], "--target-momentum: only --target moving-average has one"),
+        (["--target", "moving-average", "--alternate-every", "2"], "--alternate-every and --target moving-average:"),
+        (["--target", "moving-average", "--similarity", "cross-entropy"], "--similarity cross-entropy:"),
         (["--target", "moving-average", "--no-stop-gradient"], "--no-stop-gradient:"),
         (["--alternate-every", "0", "--no-stop-gradient"], "--no-stop-gradient:"),
     ],
@@ -415,10 +431,11 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ({"stop_gradient": False}, "--no-stop-gradient does that"),
-        ({"predictor": "none", "head_bn": "none"}, "--predictor none and --head-bn none do that"),
+        ({"stop_gradient": False}, "caused by --no-stop-gradient"),
+        ({"predictor": "none", "head_bn": "none"}, "caused by --predictor none and --head-bn none"),
         ({"predictor": "fixed"}, "try a lower --lr"),
-        ({"target": "moving-average"}, "try a lower --lr"),
+        ({"target": "moving-average"}, "caused by --target moving-average"),
+        ({"target": "moving-average", "predictor": "mlp"}, "try a lower --lr"),
         ({}, "try a lower --lr"),
     ],
     ids=str,
@@ -435,7 +452,7 @@ def test_without_stop_gradient_the_script_collapses_and_says_why(tmp_path):
     flags = "--epochs 2 --no-stop-gradient --image-size 16 --knn-every 0"
     done = python("simsiam.py", *flags.split(), "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the output has collapsed" in done.stdout and "--no-stop-gradient does that" in done.stdout
-    for words in ("preset demo", "peak lr", "with a gradient, which collapses", "stop-gradient False"):
+    assert "the output has collapsed" in done.stdout and "caused by --no-stop-gradient" in done.stdout
+    for words in ("preset demo", "peak lr", "with a gradient (--no-stop-gradient)", "stop-gradient False"):
         assert words in done.stdout
     assert (tmp_path / "curves.png").exists() or "matplotlib" in done.stdout
