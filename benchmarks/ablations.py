@@ -92,12 +92,12 @@ TABLES = {
             ["", "--symmetry asymmetric", "--symmetry asymmetric-2x"],
         ),
         "alternation": (
-            "targets of k steps computed before them (SimSiam, section 5.3: 1 68.1, 10 68.7, 100 68.9, an epoch 67.0)",
+            "targets of k steps computed before them (SimSiam, section 5.2: 1 68.1, 10 68.7, 100 68.9, an epoch 67.0)",
             "",
             ["", *(f"--alternate-every {k}" for k in (10, 100, 0))],
         ),
         "expectation": (
-            "a moving average of each image's z in place of the predictor (SimSiam, section 5.3: 55.0; neither: 0.1)",
+            "a moving average of each image's z in place of the predictor (SimSiam, section 5.2: 55.0; neither: 0.1)",
             "",
             ["", "--target moving-average", "--predictor none"],
         ),
@@ -131,17 +131,15 @@ def measure(method: str, flags: str, out: Path, threads: int) -> dict[str, float
     command = [sys.executable, __file__, "--traced", method, "--knn-every", "1000000", *shlex.split(flags)]
     env, started = os.environ | {"OMP_NUM_THREADS": str(threads)}, time.monotonic()
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
+    seconds = time.monotonic() - started
+    print(f"{seconds:4.0f} s  {method}.py {flags}" + "  failed" * bool(done.returncode), file=sys.stderr)
     if done.returncode:
         return done.stderr.strip().split("\n")[-1]
     row, trace = (list(csv.DictReader((out / name).open()))[-1] for name in ("log.csv", "trace.csv"))
     dim = json.loads((out / "config.json").read_text())["projection_dim"]
-    found = {
-        "kNN": float(row["knn_top1"] or "nan"),
-        "loss": float(row["loss"]),
-        "std": float(row["feature_std"]) * dim**0.5,
-    }
-    found |= {"rank": float(row["effective_rank"]), "cos2": float(trace["likeness"])}
-    return found | {"seconds": time.monotonic() - started}
+    std, knn = float(row["feature_std"]) * dim**0.5, float(row["knn_top1"] or "nan")
+    found = {"kNN": knn, "loss": float(row["loss"]), "std": std, "rank": float(row["effective_rank"])}
+    return found | {"cos2": float(trace["likeness"]), "seconds": seconds}
 
 
 def cells(row: str, found: list[dict[str, float] | str]) -> list[str]:
@@ -183,17 +181,21 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [f"{method}.{name}" for method, tables in TABLES.items() for name in tables]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="tables: " + ", ".join(names),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("table", nargs="*", help="method or method.table (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each of these (default 0)")
     parser.add_argument("--more", default="", help='flags added to every row, such as --more "--epochs 8"')
     parser.add_argument("--out", default="runs/ablations", help="folder of the runs and the CSV files")
     args = parser.parse_args()
-    names = [f"{method}.{name}" for method, tables in TABLES.items() for name in tables]
     wanted = [full for full in names if not args.table or {full, full.split(".")[0]} & set(args.table)]
-    if set(args.table) - {*names, *TABLES}:
-        parser.error(f"no such table; take some of {', '.join([*TABLES, *names])}")
+    if wrong := set(args.table) - {*names, *TABLES}:
+        parser.error(f"no table {', '.join(sorted(wrong))}; take some of {', '.join([*TABLES, *names])}")
     if "--seed" in args.more:
         parser.error('--more "--seed ...": give --seeds')
     if args.jobs < 1:
