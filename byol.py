@@ -91,7 +91,7 @@ class Config(RunConfig):
     rotate: Annotated[bool, "random quarter turns (not in the paper; for pictures that have no upright)"] = False
     blur_1: Annotated[float, "probability that the first view is blurred (table 6)", "0 to 1"] = 1.0
     blur_2: Annotated[float, "the same for the second view", "0 to 1"] = 0.1
-    solarize_1: Annotated[float, "the same of inverting the first view's bright pixels (table 6)", "0 to 1"] = 0.0
+    solarize_1: Annotated[float, "probability that the first view is solarized (table 6)", "0 to 1"] = 0.0
     solarize_2: Annotated[float, "the same for the second view", "0 to 1"] = 0.2
     epochs: Annotated[int, "passes over the training images (section 3.2)", ">= 1"] = 1000
     batch_size: Annotated[int, "N, images in a step (section 3.2)", ">= 1"] = 4096

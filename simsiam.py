@@ -129,22 +129,18 @@ class Config(RunConfig):
         if self.jitter_strength > 5:
             raise common.InputError(f"--jitter-strength {self.jitter_strength}: at most 5 (a hue shift of half a turn)")
         average, ahead, learns = self.target == "moving-average", self.alternate_every != 1, self.predictor == "mlp"
-        constant, cross_entropy = self.predictor_lr == "constant", self.similarity == "cross-entropy"
+        stored, constant, ce = average or ahead, self.predictor_lr == "constant", self.similarity == "cross-entropy"
         for wrong, message in (
             (self.batch_size == 1, "--batch-size 1: BN has nothing to compare then; give 2 or more"),
             (constant and not learns, "--predictor-lr constant: there is no predictor that learns; leave it out"),
             (self.head_bn == "all" and self.predictor == "none", "--head-bn all: there is no predictor; take default"),
-            (not average and self.target_momentum != 0.8, "--target-momentum: only --target moving-average has one"),
             (
-                average and cross_entropy,
-                "--similarity cross-entropy: the moving average is of unit vectors; take cosine",
+                not average and self.target_momentum != 0.8,
+                "--target-momentum: add --target moving-average, or leave it out",
             ),
+            (average and ce, "--similarity cross-entropy: the moving average is of unit vectors; take cosine"),
             (average and ahead, "--alternate-every and --target moving-average: leave one of the two out"),
-            (average and not self.stop_gradient, "--no-stop-gradient: a moving average has no gradient; leave it out"),
-            (
-                ahead and not self.stop_gradient,
-                "--no-stop-gradient: --alternate-every has no gradient to stop; leave it out",
-            ),
+            (stored and not self.stop_gradient, "--no-stop-gradient: no gradient reaches stored targets; leave it out"),
         ):
             if wrong:
                 raise common.InputError(message)
