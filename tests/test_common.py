@@ -392,17 +392,19 @@ def test_likeness_is_the_mean_squared_cosine_of_pairs():
 
 
 @pytest.mark.parametrize(
-    "z, collapsed",
+    "z, epochs, collapsed",
     [
-        (torch.ones(8, 128), True),
-        (torch.ones(8, 128) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], True),
-        (torch.eye(8, 128), False),
+        (torch.ones(8, 128), 1, True),
+        (torch.ones(8, 128) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], 1, True),
+        (torch.eye(8, 128), 1, False),
+        (torch.ones(4, 128), 1, False),
+        (torch.ones(8, 128), 2, False),
     ],
-    ids=["a point", "a line", "healthy"],
+    ids=["a point", "a line", "healthy", "few rows", "early"],
 )
-def test_collapse_is_named(z, collapsed, tmp_path, capsys):
+def test_collapse_is_named(z, epochs, collapsed, tmp_path, capsys):
     c = simclr.Config(
-        data="shapes", backbone="resnet8", image_size=32, epochs=1, batch_size=4, out=str(tmp_path), knn_every=0
+        data="shapes", backbone="resnet8", image_size=32, epochs=epochs, batch_size=4, out=str(tmp_path), knn_every=0
     )
     images, labels = common.make_shapes(8, 0)
     data = common.Data("x", common.whole(images, labels, CPU), None, [], [])
