@@ -181,12 +181,14 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            word = (message.removeprefix("unrecognized arguments: ").split() or ["''"])[0].split("=")[0]
             known = list(self._option_string_actions)
             near = [k for k in known if k.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.75)
             message = f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; see --help")
             if not word.startswith("-"):
-                message = f"unexpected word {word}; a flag that is on or off takes none: --name or --no-name"
+                message = (
+                    f"unexpected word {word}; give its flag first, as in --data PATH (an on/off flag takes no word)"
+                )
         raise InputError(message)
 
 
@@ -1073,14 +1075,16 @@ def effective_rank(z: Tensor) -> float:
     """exp of the entropy of the normalised singular values of the l2-normalised rows (Roy & Vetterli 2007): 1 to d."""
     z = F.normalize(z.float(), dim=1).double()  # squared by the Gram matrix, a float32 would lose the small ones
     s = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < len(z) else z @ z.T).clamp(min=0).sqrt()
-    p = s / s.sum()
+    p = s / s.sum().clamp(min=1e-12)
     return float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
 
 
 @torch.no_grad()
 def likeness(z: Tensor) -> float:
     """Mean over pairs of different rows of z (N, d) of their squared cosine: 1 when all lie on one line, be it at one
-    point or at two opposite ones, 1/d when healthy."""
+    point (0 too) or at two opposite ones, 1/d when healthy."""
+    if not z.any():
+        return 1.0
     z, n = F.normalize(z.float(), dim=1), len(z)
     gram = z.T @ z if z.shape[1] < n else z @ z.T  # the squares of both have the same sum, N of it from i = j
     return float(gram.square().sum() - n) / max(1, n * (n - 1))
@@ -1115,7 +1119,7 @@ def prepare(config: RunConfig) -> torch.device:
 
 def fit_batch_size(config: RunConfig, n: int) -> None:
     """A batch larger than the n training images: an error if it was given by hand; else the preset's is lowered to
-    the power of two that makes at least 16 steps an epoch, but to 16 images at the least: BN needs some."""
+    the power of two that makes at least 16 steps an epoch, but no lower than 16 (or n), since BN needs some."""
     if n < 2:
         raise InputError(f"--data {config.data}: only {n} image to train on; give 2 or more")
     if config.batch_size <= n:
@@ -1175,6 +1179,7 @@ class Run:
     waits for the end of the step, saves, and stops; a second one stops at once.
     """
 
+    SETTLED = 200  # steps before a collapse is told: a healthy BYOL is close to one for up to about 100
     COLUMNS = ("epoch", "loss", "lr", "feature_std", "effective_rank", "knn_top1", "images_per_second")
 
     def __init__(self, config: RunConfig, data: Data, device: torch.device, **parts: Any):
@@ -1275,10 +1280,10 @@ class Run:
                 speed = self.step_in_epoch * self.config.batch_size / self.seconds
                 left = (self.total - self.step) * self.config.batch_size / speed
                 healthy = float(feature_std(z)) * math.sqrt(self.dim)
-                line = (
-                    f"epoch {self.epoch + 1}/{self.config.epochs} {self.step_in_epoch}/{self.steps}, "
-                    f"{left / 60:.1f} min left, loss {self.losses[-1]:.4f}, std {healthy:.0%} of healthy, "
-                    f"rank {effective_rank(z[:512]):.1f}, {speed:,.0f} images/s"
+                line = (  # in 80 columns; std in % of 1/sqrt(d)
+                    f"epoch {self.epoch + 1}/{self.config.epochs} {self.step_in_epoch}/{self.steps} "
+                    f"{left / 60:.1f} min left loss {self.losses[-1]:.4f} std {healthy:.0%} "
+                    f"rank {effective_rank(z[:512]):.1f} {speed:,.0f} img/s"
                 )
                 print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if self.stop and self.step_in_epoch < self.steps:
@@ -1322,8 +1327,7 @@ class Run:
             + f"  std {std:.4f} (healthy {1 / math.sqrt(self.dim):.4f})  rank {rank:.1f}  {speed:,.0f} images/s",
             flush=True,
         )
-        # a healthy BYOL comes near it within its first 80 steps; after a BN, two images are always opposite
-        settled = (self.step >= 200 or self.epoch == c.epochs) and len(self.z) >= 8
+        settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
         if settled and not self.warned and (alike := likeness(self.z)) > 0.9:
             self.warned = True
             normal = f"mean squared cosine of two images {alike:.3f}, 1/d = {1 / self.dim:.3f} when spread out"

@@ -299,7 +299,7 @@ def train(config: Config) -> dict[str, Any]:
             network.compile()
     n, lr, micro = config.batch_size, config.peak_lr(), config.micro_batch_size
     distance, pairs = DISTANCES[config.similarity], PAIRS[config.symmetry]
-    online, views = {i for i, _ in pairs}, 1 + max(map(max, pairs))  # the views that predict; those drawn of an image
+    online, views = [i for i, _ in pairs], 1 + max(map(max, pairs))  # the views that predict; those drawn of an image
 
     def embed(x: Tensor) -> Tensor:
         with common.autocast(config, device), common.still_statistics(model):
@@ -308,6 +308,7 @@ def train(config: Config) -> dict[str, Any]:
     steps = len(data.train) // n
     k = min(config.alternate_every or steps, steps)
     cache = Cache(k, views, [j for _, j in pairs], embed) if config.alternate_every != 1 else None
+    embedded = online if cache else range(views)
     bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
 
     groups = [
@@ -337,18 +338,18 @@ def train(config: Config) -> dict[str, Any]:
     with run:
         while run.epoch < config.epochs:
             for index, crops in run.batches(views=views, scale=(config.crop_min_scale, 1.0)):
-                targets = cache.next(run) if cache else None  # computed before the last k steps (section 5.2)
+                targets = cache.next(run) if cache else None  # from before the first of k steps (5.2)
                 x = [augment(crop, config) for crop in crops]
                 now = common.cosine_lr(run.step, run.total, round(config.warmup_epochs * run.steps), lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr if group["constant"] else now
                 optimizer.zero_grad()
                 with common.autocast(config, device):
-                    z = []  # (N, d) each, one view after the other: BN statistics are of one view
-                    for i, view in enumerate(x):
+                    z = {}  # (N, d) each, one view after the other: BN statistics are of one view
+                    for i in embedded:
                         with torch.set_grad_enabled(i in online or not config.stop_gradient):
-                            z.append(common.embed_in_pieces(model, micro, view))
-                    p = [model.predictor(z[i]).float() for i, _ in pairs]
+                            z[i] = common.embed_in_pieces(model, micro, x[i])
+                    p = [model.predictor(z[i]).float() for i in online]
                 targets = targets or [z[j].float() for _, j in pairs]
                 if bank:
                     targets = bank.update(index, targets)

@@ -346,7 +346,8 @@ def train(config: Config) -> dict[str, Any]:
                 run.after_step(loss, z, now, x1, x2)
             run.after_epoch(
                 knn=lambda: common.knn_of(model.backbone, data, config),
-                collapse_hint="two classes do so when learnt, to opposite points; else " * (len(data.classes) == 2)
+                collapse_hint="two classes do so when learnt, to opposite points; else "
+                * (contrastive and len(data.classes) == 2)
                 + "try a lower --lr"
                 + " or another --temperature" * contrastive,
             )

@@ -9,7 +9,7 @@
 Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too (of the first
 seed); exits 1 when a run failed. kNN is that of h on the held-out images after the last epoch; loss, std, rank and
 cos2 are the last epoch's: std over its healthy value 1/sqrt(d), cos2 the mean squared cosine of the outputs of two
-images, which is 1 when all lie on one line.
+images, which is 1 when all lie on one line. A row that an earlier table had, such as the default, is not run again.
 """
 
 import argparse
@@ -220,7 +220,7 @@ def main() -> int:
         with open(out.with_suffix(out.suffix + ".csv"), "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *table])
         seeds = f"seed {args.seeds[0]}" if len(args.seeds) == 1 else f"seeds {', '.join(map(str, args.seeds))}"
-        print(f"\n{full}: {question}\nevery row: python {method}.py {shared}; {seeds}\n")
+        print(f"\n{full}: {question}\nevery row: {f'python {method}.py {shared}'.strip()}; {seeds}\n")
         print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
         for row, *line in table:
             print("| " + " | ".join([f"`{row}`" if row else "default", *line]) + " |")

@@ -42,7 +42,11 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
     "argv, words",
     [
         (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
-        (["--compile", "on"], "unexpected word on; a flag that is on or off takes none: --name or --no-name"),
+        ([""], "unexpected word ''; give its flag first"),
+        (
+            ["--compile", "on"],
+            "unexpected word on; give its flag first, as in --data PATH (an on/off flag takes no word)",
+        ),
         (["--zzz"], "unknown flag --zzz; see --help"),
         (["--epochs", "0"], "--epochs 0: must be >= 1"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),

@@ -388,23 +388,26 @@ def test_likeness_is_the_mean_squared_cosine_of_pairs():
         assert math.isclose(common.likeness(z), sum(pairs) / len(pairs), rel_tol=1e-4)
     line = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [0.5, 1.0]])  # two opposite points: std is not 0, but this is 1
     assert math.isclose(common.likeness(line), 1, rel_tol=1e-6) and common.feature_std(line) > 0.5
+    dead = torch.zeros(5, 3)
+    assert common.likeness(dead) == 1 and common.effective_rank(dead) == 1
     assert abs(common.likeness(torch.eye(5))) < 1e-6 and math.isfinite(common.likeness(torch.ones(1, 3)))
 
 
 @pytest.mark.parametrize(
-    "z, epochs, collapsed",
+    "z, settled, collapsed",
     [
-        (torch.ones(8, 128), 1, True),
-        (torch.ones(8, 128) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], 1, True),
-        (torch.eye(8, 128), 1, False),
-        (torch.ones(4, 128), 1, False),
-        (torch.ones(8, 128), 2, False),
+        (torch.ones(8, 128), 2, True),
+        (torch.ones(8, 128) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], 2, True),
+        (torch.eye(8, 128), 2, False),
+        (torch.ones(4, 128), 2, False),
+        (torch.ones(8, 128), 3, False),
     ],
     ids=["a point", "a line", "healthy", "few rows", "early"],
 )
-def test_collapse_is_named(z, epochs, collapsed, tmp_path, capsys):
+def test_collapse_is_named(z, settled, collapsed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common.Run, "SETTLED", settled)
     c = simclr.Config(
-        data="shapes", backbone="resnet8", image_size=32, epochs=epochs, batch_size=4, out=str(tmp_path), knn_every=0
+        data="shapes", backbone="resnet8", image_size=32, epochs=1, batch_size=4, out=str(tmp_path), knn_every=0
     )
     images, labels = common.make_shapes(8, 0)
     data = common.Data("x", common.whole(images, labels, CPU), None, [], [])

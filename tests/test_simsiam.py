@@ -445,6 +445,7 @@ def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
 )
 def test_the_warning_of_a_collapse_names_its_flag(flags, named, few_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "likeness", lambda z: 1.0)
+    monkeypatch.setattr(common.Run, "SETTLED", 0)
     simsiam.train(config(epochs=1, batch_size=100, knn_every=0, out=str(tmp_path), **flags))
     out = capsys.readouterr().out
     assert "warning: the output has collapsed" in out and named in out
