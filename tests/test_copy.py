@@ -9,7 +9,7 @@ from tests.helpers import ROOT, python
 HEADER = {  # what the first lines of a run must say
     "simclr": ["peak lr 0.09375", "nt_xent", "mean over 2N = 120 anchors"],
     "moco": ["peak lr 0.03 (not scaled", "mean over N = 60 queries", "version 2", "queue-size 180"],
-    "byol": ["peak lr 0.09375", "mean over N = 60 images", "moving average, tau from", "solarize-2"],
+    "byol": ["peak lr 0.1875", "mean over N = 60 images", "moving average, tau from", "solarize-2"],
     "simsiam": ["peak lr 0.1875", "mean over N = 60 images", "no gradient", "stop-gradient True"],
     "supcon": ["peak lr 2 (not scaled", "mean over 2N = 120 anchors", "stage     both", "stage 2, linear classifier"],
 }

@@ -429,9 +429,9 @@ def test_bad_input_is_one_line(flags, word, few_shapes, tmp_path, capsys, monkey
 
 
 def test_a_lowered_batch_lowers_its_groups(few_shapes, tmp_path, capsys):
-    few = common.make_shapes  # 100 images for a preset's batch of 256
+    few = common.make_shapes  # 10 images for a preset's batch of 256
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "make_shapes", lambda n, seed, size: few(2500 if n > 2000 else 500, seed, size))
+        patch.setattr(common, "make_shapes", lambda n, seed, size: few(500, seed, size))
         c = moco.Config(data="shapes", image_size=32, backbone="resnet8", epochs=1, queue_size=64, out=str(tmp_path))
         c.batch_size_by_hand = False
         moco.train(c)
