@@ -1328,7 +1328,7 @@ class Run:
             flush=True,
         )
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
-        if settled and not self.warned and (alike := likeness(self.z)) > 0.9:
+        if settled and not self.warned and (alike := likeness(self.z)) > 0.93:  # (0.91: a healthy --momentum 1 of BYOL)
             self.warned = True
             normal = f"mean squared cosine of two images {alike:.3f}, 1/d = {1 / self.dim:.3f} when spread out"
             print(f"warning: the output has collapsed to a point or a line ({normal}): {collapse_hint}", flush=True)

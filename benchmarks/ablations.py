@@ -172,6 +172,7 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
             x, y = [int(next(iter(row.values()))) for row in rows], [float(row[column]) * scale for row in rows]
             style = "-" if i == 0 else ("--", ":", "-.")[i % 3]
             axes.plot(x, y, marker="." * (file == "log.csv"), linestyle=style, label=name or "default", linewidth=1.2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=title, xlabel="epoch" if file == "log.csv" else "step")
         axes.grid(alpha=0.3)
         if column in ("feature_std", "likeness"):
