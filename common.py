@@ -1179,7 +1179,7 @@ class Run:
     waits for the end of the step, saves, and stops; a second one stops at once.
     """
 
-    SETTLED = 200  # steps before a collapse is told: a healthy BYOL is close to one for up to about 100
+    SETTLED = 200  # steps before a collapse is told: a healthy run may be close to one for its first 100
     COLUMNS = ("epoch", "loss", "lr", "feature_std", "effective_rank", "knn_top1", "images_per_second")
 
     def __init__(self, config: RunConfig, data: Data, device: torch.device, **parts: Any):
@@ -1328,7 +1328,7 @@ class Run:
             flush=True,
         )
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
-        if settled and not self.warned and (alike := likeness(self.z)) > 0.93:  # (0.91: a healthy --momentum 1 of BYOL)
+        if settled and not self.warned and (alike := likeness(self.z)) > 0.93:  # healthy: up to 0.91 (README)
             self.warned = True
             normal = f"mean squared cosine of two images {alike:.3f}, 1/d = {1 / self.dim:.3f} when spread out"
             print(f"warning: the output has collapsed to a point or a line ({normal}): {collapse_hint}", flush=True)
