@@ -26,8 +26,8 @@ f is kept and all else is thrown away: y, called h in the other files, is the re
     python byol.py --data /my/photos --backbone resnet18 --batch-size 256 --optimizer sgd --lr 0.05
     python byol.py --preset paper-100 --data /imagenet         the published 100 epochs; paper-300; paper (1000)
 
-Measured: `python byol.py`, two Xeon cores, torch 2.14.1, 2 min 45 s: kNN on held-out images 0.860 (raw pixels 0.390,
-untrained backbone 0.203).
+Measured: `python byol.py`, two EPYC cores, torch 2.14.1, 1 min 55 s: kNN on held-out images 0.847, linear 0.932 (raw
+pixels 0.390, untrained backbone 0.203).
 
 Unlike the paper's (appendix B), pictures stay in [0, 1] (there, the data set's mean and deviation are taken off), and
 crops are resized bilinearly (there bicubically).

@@ -26,8 +26,8 @@ The projection MLP is thrown away: the backbone's output is the representation (
     python simsiam.py                                       the demo: embedded data, two CPU cores, three minutes
     python simsiam.py --data /my/photos --backbone resnet18 --batch-size 256
 
-Measured: `python simsiam.py`, two Xeon cores, torch 2.14.1, 2 min 35 s: kNN on held-out images 0.886, linear 0.992 (raw
-pixels 0.390, untrained backbone 0.203).
+Measured: `python simsiam.py`, two EPYC cores, torch 2.14.1, 1 min 29 s: kNN on held-out images 0.916, linear 0.981
+(raw pixels 0.390, untrained backbone 0.203).
 
 Unlike the authors' code, pictures stay in [0, 1] (theirs have the data set's mean and deviation taken off), and the
 learning rate moves at every step (theirs at every epoch).
