@@ -1328,7 +1328,7 @@ class Run:
             flush=True,
         )
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
-        if settled and not self.warned and (alike := likeness(self.z)) > 0.93:  # healthy: up to 0.91 (README)
+        if settled and not self.warned and (alike := likeness(self.z)) > 0.93:  # runs that learn stay below 0.92
             self.warned = True
             normal = f"mean squared cosine of two images {alike:.3f}, 1/d = {1 / self.dim:.3f} when spread out"
             print(f"warning: the output has collapsed to a point or a line ({normal}): {collapse_hint}", flush=True)
