@@ -22,7 +22,7 @@ f is kept and all else is thrown away: y, called h in the other files, is the re
     tau_base, tau              config.momentum, tau_at         --momentum: 0 = theta itself, 1 = a fixed random target
     N                          config.batch_size               --batch-size
 
-    python byol.py                                             the demo: embedded data, two CPU cores, three minutes
+    python byol.py                                             the demo: embedded data, two CPU cores, two minutes
     python byol.py --data /my/photos --backbone resnet18 --batch-size 256 --optimizer sgd --lr 0.05
     python byol.py --preset paper-100 --data /imagenet         the published 100 epochs; paper-300; paper (1000)
 
@@ -61,7 +61,7 @@ class Config(RunConfig):
             **{"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.99, "hidden_dim": 2048},
             **{"blur_1": 0.0, "blur_2": 0.0},
         },
-        "demo": {  # ours: learns the shapes set on two CPU cores in under three minutes
+        "demo": {  # ours: learns the shapes set on two CPU cores in about two minutes
             **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 12, "batch_size": 64},
             **{"optimizer": "sgd", "lr": 0.8, "weight_decay": 1e-4, "warmup_epochs": 1.0, "hidden_dim": 256},
             # a target that is 100 steps behind (0.99), and more as tau rises, is too slow for so short a run (README)

@@ -308,7 +308,7 @@ def train(config: Config) -> dict[str, Any]:
     steps = len(data.train) // n
     k = min(config.alternate_every or steps, steps)
     cache = Cache(k, views, [j for _, j in pairs], embed) if config.alternate_every != 1 else None
-    embedded = online if cache else range(views)
+    embedded = online if cache else range(views)  # the views whose z a step computes
     bank = Bank(len(data.train), model.dim, config.target_momentum).to(device) if config.target != "batch" else None
 
     groups = [
