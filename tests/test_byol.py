@@ -291,7 +291,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(optimizer, few_shapes, tmp_path,
     resumes_bit_for_bit(byol, config, given, [], tmp_path, monkeypatch)
 
 
-def test_streamed_images_without_labels(tmp_path):
+def test_streamed_images_without_labels(tmp_path, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "flat").mkdir()
     for i in range(10):
@@ -300,6 +300,7 @@ def test_streamed_images_without_labels(tmp_path):
     c.out = str(tmp_path / "run")
     metrics = byol.train(c)
     assert math.isfinite(metrics["loss"]) and metrics["knn_top1"] is None
+    assert f"linear_eval.py {tmp_path / 'run'} --data LABELLED_IMAGES" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import linear_eval
@@ -417,3 +418,20 @@ def test_data_without_labels_and_an_unfinished_stage_1(photos, few_shapes, tmp_p
     supcon.train(config(**TINY, stage="1", out=str(tmp_path / "half")))
     with pytest.raises(common.InputError, match="has done 1 of 2 epochs"):
         supcon.train(config(**TINY | {"epochs": 2}, stage="2", resume=True, out=str(tmp_path / "half")))
+
+
+@pytest.mark.parametrize("loss, said", [("out", True), ("cross-entropy", False)])
+def test_two_classes_at_two_points_are_no_failure(loss, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "likeness", lambda z: 1.0)
+    monkeypatch.setattr(common.Run, "SETTLED", 0)
+    for i, picture in enumerate(common.make_shapes(24, 0, 32)[0]):  # ten of a class and more: one is held out
+        path = tmp_path / "two" / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    c = config(
+        data=str(tmp_path / "two"), loss=loss, stage="1" if said else "both", epochs=1, batch_size=8, knn_every=0
+    )
+    c.out = str(tmp_path / "run")
+    supcon.train(c)
+    out = capsys.readouterr().out
+    assert "the output has collapsed" in out and ("two classes do so when learnt" in out) == said
