@@ -1,6 +1,6 @@
-"""What a frozen backbone is worth: linear classifiers, weighted kNN, and what its features keep.
+"""What a frozen backbone is worth: linear top-1 and top-5, weighted kNN, each class, and what its features keep.
 
-    python linear_eval.py runs/simclr                            linear top-1 and top-5, kNN, on the run's own data
+    python linear_eval.py runs/simclr                            top-1, top-5, kNN, per class, on the run's own data
     python linear_eval.py runs/simclr --protocol paper           SGD on crops and flips, as the method's paper does it
     python linear_eval.py runs/simclr --label-fraction 0.01      with the labels of 1% of the training images
     python linear_eval.py runs/simclr --features z               on z = g(h) instead of h
@@ -10,17 +10,16 @@
 
 The backbone stays frozen, its BN in eval mode. `--protocol features`, the default: every image passes it once, as a
 central view; a linear classifier is then fitted to the cached features to convergence (L-BFGS), so there is no learning
-rate. The reported figures are those of the held-out images after the fit: no epoch is chosen on them.
+rate. `--protocol paper` is how the method's authors train it; for SupCon it is the second stage of the method. The
+reported figures are those of the held-out images after the fit: no epoch is chosen on them.
 
 Controls: --untrained (the same network before training), --features pixels, --shuffle-labels (must give chance).
 """
 
 import argparse
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import InputError, RunConfig
-
-MODELS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam", "supcon": "SupCon"}  # file -> model
+import images
+from common import RunConfig, dashed, ensure
+from images import Data, Images
 
 
 class Published(NamedTuple):
@@ -54,33 +53,13 @@ PUBLISHED = {
     "simsiam": Published("lars", 4096, 90, 1.6, (), 0, 0.08, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
     "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, 0.2, "the authors' code for SupCon on CIFAR"),
 }
-PROBES = {  # probe -> kinds of pictures and the share of each; SimCLR, table 3
-    "grayscale": ("colour against grey", (0.8, 0.2)),  # grey with the probability that the augmentation has
-    "rotation": ("0, 90, 180, 270 degrees", (0.25,) * 4),
-    "corrupted": ("original against noise", (0.5, 0.5)),
-    "sobel": ("original against Sobel", (0.5, 0.5)),
+PROBES = {  # probe -> what is told apart, the share of each kind, and the paper's chance, h and g(h)
+    "grayscale": ("colour against grey", (0.8, 0.2), (80.0, 99.3, 97.4)),  # grey as often as the augmentation makes it
+    "rotation": ("0, 90, 180, 270 degrees", (0.25,) * 4, (25.0, 67.6, 25.6)),
+    "corrupted": ("original against noise", (0.5, 0.5), (50.0, 99.5, 59.6)),
+    "sobel": ("original against Sobel", (0.5, 0.5), (50.0, 96.6, 56.3)),
 }
-PAPER = {"grayscale": (80.0, 99.3, 97.4), "rotation": (25.0, 67.6, 25.6)}  # chance, h, g(h): ImageNet, ResNet-50
-PAPER |= {"corrupted": (50.0, 99.5, 59.6), "sobel": (50.0, 96.6, 56.3)}
 PROBE_IMAGES = 10_000  # of each split, at most
-
-
-def load_run(folder: str) -> tuple[RunConfig, nn.Module]:
-    """The config and the trained model of a run's folder. Raises `InputError` for anything that is not one."""
-    path = Path(folder) / "checkpoint.pt"
-    state = common.load_checkpoint(path)
-    name = state["method"]
-    if name not in MODELS or importlib.util.find_spec(name) is None:
-        raise InputError(f"{path}: a run of {name}; put {name}.py beside linear_eval.py")
-    method = importlib.import_module(name)
-    known = common.flags(method.Config)
-    try:
-        config = method.Config(**{k: v for k, v in state["config"].items() if k in known})
-        model = getattr(method, MODELS[state["method"]])(config)
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError):
-        raise InputError(f"{path} is not a whole checkpoint of {state['method']}; train again") from None
-    return config, model
 
 
 def pick_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
@@ -92,8 +71,7 @@ def pick_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
             mine = (labels == label).nonzero().squeeze(1)
             count = max(1, round(len(mine) * fraction))
             chosen.append(mine[torch.randperm(len(mine), generator=rng)[:count]])
-    if not chosen:
-        raise InputError("no training image has a label; give a set with class sub-folders")
+    ensure(chosen, "no training image has a label; give a set with class sub-folders")
     return torch.cat(chosen).sort().values
 
 
@@ -136,17 +114,15 @@ def fit_mlp(x: Tensor, y: Tensor, classes: int, width: int, seed: int, epochs: i
 
 
 def fit_as_published(
-    network: Callable, data: common.Data, config: RunConfig, chosen: Tensor, labels: Tensor, how: Published
+    network: Callable, data: Data, config: RunConfig, chosen: Tensor, labels: Tensor, width: int, how: Published
 ) -> nn.Linear:
     """A linear classifier by SGD on random crops (area `how.crop` to 1) and flips of the images `chosen` (N,).
 
-    `labels` (N,) are theirs, on the device. The lr is scaled when fewer than `how.batch_size` images are there. Raises
-    `RunFailure` when the loss is no longer finite.
+    `labels` (N,) are theirs, on the device; `network` gives features of this `width`. The lr is scaled when fewer than
+    `how.batch_size` images are there. Raises `RunFailure` when the loss is no longer finite.
     """
     batch = min(how.batch_size, len(chosen))
-    lr, total = how.lr * batch / how.batch_size, how.epochs * -(-len(chosen) // batch)
-    with torch.no_grad():
-        width = network(torch.zeros(2, 3, config.image_size, config.image_size, device=labels.device)).shape[1]
+    lr, total, step = how.lr * batch / how.batch_size, how.epochs * -(-len(chosen) // batch), 0
     classifier = nn.Linear(width, len(data.classes)).to(labels.device)
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
@@ -154,32 +130,25 @@ def fit_as_published(
         optimizer = common.LARS(classifier.parameters(), lr=lr)  # the bias too
     else:
         optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, nesterov=how.optimizer == "nesterov")
-    step = 0
     for epoch in range(how.epochs):
         order = torch.randperm(len(chosen)).split(batch)
-        seed = int(torch.randint(2**31, ()))  # of the workers that stream
-        crops = data.train.crops(
-            [chosen[i] for i in order], config.image_size, 1, (how.crop, 1.0), seed, config.workers
-        )
+        seed, scale = int(torch.randint(2**31, ())), (how.crop, 1.0)  # the seed of the workers that stream
+        crops = data.train.views([chosen[i] for i in order], config.image_size, 1, scale, seed, config.workers)
         for index, (x,) in zip(order, crops, strict=True):
-            x = common.where_drawn(x, common.coin(len(x), 0.5), common.flip)
+            x = images.normalize(images.sometimes(x, 0.5, images.flip))
             with torch.no_grad():
-                h = torch.cat([network(part).float() for part in x.split(512)])
-            for group in optimizer.param_groups:  # steps are by the epoch, the cosine is by the step
-                group["lr"] = common.cosine_lr(step, total, 0, lr)
-                if how.steps:
-                    group["lr"] = lr * how.factor ** sum(epoch >= round(at * how.epochs) for at in how.steps)
-            optimizer.zero_grad()
+                h = torch.cat([network(part).float() for part in x.split(512)])  # (batch, width)
             loss = F.cross_entropy(classifier(h), labels[index.to(labels.device)])
+            optimizer.zero_grad()
             loss.backward()
+            drops = sum(epoch >= round(at * how.epochs) for at in how.steps)  # by the epoch; the cosine is by the step
+            common.set_lr(optimizer, lr * how.factor**drops if how.steps else common.cosine_lr(step, total, 0, lr))
             optimizer.step()
             step += 1
-        last = loss.item()
+        last, where = loss.item(), f"epoch {epoch + 1}/{how.epochs}"
         if not math.isfinite(last):
-            raise common.RunFailure(
-                f"the classifier's loss is {last} in epoch {epoch + 1}; give a lower --lr than {lr:g}"
-            )
-        print(f"  epoch {epoch + 1}/{how.epochs}  loss {last:.4f}", flush=True)
+            raise common.RunFailure(f"the classifier's loss is {last} in {where}; give a lower --lr than {lr:g}")
+        print(f"  {where}  loss {last:.4f}", flush=True)
     if last > math.log(len(data.classes)):
         print(f"warning: the last loss is worse than a guess's, {math.log(len(data.classes)):.2f}; give a lower --lr")
     return classifier
@@ -212,50 +181,55 @@ def evaluate(train: Tensor, train_labels: Tensor, test: Tensor, labels: Tensor, 
 # ------------------------------------------------------------------------------------------------- what h keeps
 
 
+def gaussian_noise(x: Tensor, sigma: float | Tensor = 0.1) -> Tensor:
+    """Add normal noise of deviation `sigma`, a number or (N, 1, 1, 1), clamped to [0, 1]. SimCLR gives no strength."""
+    return (x + sigma * torch.randn(x.shape).to(x.device)).clamp_(0, 1)
+
+
+def sobel(x: Tensor) -> Tensor:
+    """Magnitude of the Sobel gradient of the grey picture, in three equal channels, clamped to 1."""
+    edge = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device)
+    both = F.conv2d(F.pad(images.luma(x), (1, 1, 1, 1), mode="reflect"), torch.stack([edge, edge.T])[:, None])
+    return both.norm(dim=1, keepdim=True).clamp_(max=1).expand_as(x)
+
+
 def alter(x: Tensor, probe: str, kind: Tensor) -> Tensor:
-    """The pictures x (N, 3, H, W), those whose `kind` (N,) is not 0 altered: what the probe has to tell."""
+    """The pictures x (N, 3, H, W) in [0, 1], those whose `kind` (N,) is not 0 altered: what the probe has to tell."""
     if probe == "rotation":
-        return common.rotate(x, kind)
-    noise = lambda y: common.gaussian_noise(y, torch.full((len(y),), 0.1))  # noqa: E731  (its strength is ours)
-    op = {"grayscale": common.to_grey, "corrupted": noise, "sobel": common.sobel}[probe]
-    return common.where_drawn(x, kind == 1, op)
+        return images.rotate(x, kind)
+    op = {"grayscale": images.grey, "corrupted": gaussian_noise, "sobel": sobel}[probe]
+    return images.where(x, kind == 1, op)
 
 
 @torch.no_grad()
-def embed_altered(
-    model: nn.Module, images: common.Images, config: RunConfig, probe: str, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """h and z = g(h) of altered central views of up to PROBE_IMAGES images, and which kind each is, (N,)."""
+def embed_altered(network: Callable, split: Images, config: RunConfig, probe: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Features of altered central views of up to PROBE_IMAGES images, and which kind each is, (N,)."""
     rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for the noise
-    index = torch.randperm(len(images), generator=rng)[:PROBE_IMAGES]
+    index = torch.randperm(len(split), generator=rng)[:PROBE_IMAGES]
     ends = torch.tensor(PROBES[probe][1]).cumsum(0)[:-1]  # exact shares, so that chance is what the table says
     kind = torch.searchsorted(ends, torch.randperm(len(index), generator=rng) / len(index), right=True)
-    pairs, kept = index.split(256), []
-    hook = model.backbone.register_forward_hook(lambda _, __, h: kept.append(h.float()))
-    views = images.centered(pairs, config.image_size, config.workers)
-    z = torch.cat([model(alter(x, probe, k)).float() for x, k in zip(views, kind.split(256), strict=True)])
-    hook.remove()
-    return {"h": torch.cat(kept), "z": z}, kind
+    views = split.views(index.split(256), config.image_size, workers=config.workers)
+    altered = (images.normalize(alter(x, probe, k)) for (x,), k in zip(views, kind.split(256), strict=True))
+    return torch.cat([network(x).float() for x in altered]), kind
 
 
 def run_probes(
-    model: nn.Module, data: common.Data, config: RunConfig, probes: list[str], features: list[str], seed: int
+    networks: dict[str, Callable], data: Data, config: RunConfig, probes: list[str], width: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Held-out accuracy of an MLP that tells which kind of picture it was, from h or z; and of always guessing."""
+    """Held-out accuracy of an MLP of this `width` that tells from the features of each network which kind of picture it
+    was; and of always guessing the most frequent."""
     result = {}
     for probe in probes:
-        known, kind = embed_altered(model, data.train, config, probe, seed)
-        asked, truth = embed_altered(model, data.test, config, probe, seed + 1)
-        row = {"chance": (truth.bincount().max() / len(truth)).item()}
-        for name in features:
-            mean, std = known[name].mean(0), known[name].std(0).clamp(min=1e-6)
-            y = kind.to(mean.device)
-            mlp = fit_mlp((known[name] - mean) / std, y, len(PROBES[probe][1]), model.backbone.feature_dim, seed)
+        for name, network in networks.items():
+            known, kind = embed_altered(network, data.train, config, probe, seed)
+            asked, truth = embed_altered(network, data.test, config, probe, seed + 1)
+            mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
+            mlp = fit_mlp((known - mean) / std, kind.to(mean.device), len(PROBES[probe][1]), width, seed)
             with torch.no_grad():
-                guess = mlp((asked[name] - mean) / std).argmax(1).cpu()
+                guess = mlp((asked - mean) / std).argmax(1).cpu()
+            row = result.setdefault(probe, {"chance": (truth.bincount().max() / len(truth)).item()})
             row[name] = (guess == truth).float().mean().item()
-        result[probe] = row
     return result
 
 
@@ -264,16 +238,12 @@ def run_probes(
 
 def export(config: RunConfig, model: nn.Module, path: Path) -> None:
     """Write the backbone as a torchvision state_dict (no `fc`). Raises `InputError` for our own resnet8."""
-    if config.backbone == "resnet8":
-        raise InputError("--export: resnet8 is not a torchvision network; runs/.../backbone.pt holds its weights")
-    if not path.parent.is_dir():
-        raise InputError(f"--export {path}: no folder {path.parent}")
+    ensure(config.backbone != "resnet8", "--export: resnet8 is not a torchvision network; take the run's backbone.pt")
     common.save_whole(model.backbone.state_dict(), path)
-    print(f"{path}: {config.backbone} of {config.METHOD}, for torchvision.models.{config.backbone}() without its fc;")
-    print("it takes pictures in [0, 1], without torchvision's usual mean and std taken off")
-    if model.backbone.conv1.kernel_size == (3, 3):
+    print(f"{path}: {config.backbone} of {config.method()}, for torchvision.models.{config.backbone}() without its fc")
+    if config.stem == "cifar":
         print("its first layers are the small ones: set model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)")
-        print("and model.maxpool = torch.nn.Identity() before loading it; for a detector train with --stem imagenet")
+        print("and model.maxpool = torch.nn.Identity() before loading it")
 
 
 def draw_confusion(confusion: Tensor, names: list[str], path: Path) -> None:
@@ -303,7 +273,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, help="of --protocol paper (default: the method's published setting)")
     add("--lr", type=float, help="of --protocol paper (default: as published)")
     add("--label-fraction", type=float, default=1.0, help="share of the training labels (default 1)")
-    add("--l2", type=float, help="weight penalty of the classifier on cached features (default 0.001)")
+    add("--l2", type=float, default=1e-3, help="weight penalty of the classifier on cached features (default 0.001)")
     add("--probe", choices=("class", *PROBES, "all"), default="class", help="what is read from the features; all: but "
         "class, from h and from z")  # fmt: skip
     add("--shuffle-labels", action="store_true", help="a control: must give chance")
@@ -311,51 +281,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--confusion", type=Path, metavar="PNG", help="write the confusion matrix as a picture")
     add("--export", type=Path, metavar="PATH", help="write the backbone for torchvision, and stop")
     add("--seed", type=int, default=0, help="which labels --label-fraction takes, and all else that is random")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", default="auto", help="any torch device; auto = cuda where there is one, else cpu")
     args = parser.parse_args(argv)
-    if not 0 < args.label_fraction <= 1:
-        raise InputError(f"--label-fraction {args.label_fraction}: must be > 0 and at most 1")
-    for name, bound in (("l2", ">= 0"), ("lr", "> 0"), ("epochs", ">= 1"), ("seed", ">= 0")):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and common.BOUNDS[bound](value)):
-            raise InputError(f"{common.dashed(name)} {value}: must be {bound}")
-
-    def refuse(names: list[str], where: str) -> None:  # a flag that would do nothing
-        for name in names:
-            if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"{common.dashed(name)} does nothing {where}; leave it out")
+    for name, ok, words in (
+        ("label_fraction", 0 < args.label_fraction <= 1, "above 0 and at most 1"),
+        ("lr", args.lr is None or 0 < args.lr < math.inf, "above 0"),
+        ("l2", 0 <= args.l2 < math.inf, "at least 0"),
+        ("epochs", args.epochs is None or args.epochs >= 1, "at least 1"),
+        ("seed", args.seed >= 0, "at least 0"),
+    ):
+        ensure(ok, f"{dashed(name)} {getattr(args, name)}: must be {words}")
 
     classifier, published = ["label_fraction", "shuffle_labels", "confusion"], ["epochs", "lr"]
-    if args.export:
-        others = ["data", "data_dir", "features", "protocol", "probe", "l2", "seed", "device"]
-        refuse([*others, *classifier, *published], "with --export, which evaluates nothing")
-    if args.probe != "class":
-        refuse([*classifier, *published, "protocol", "l2"], f"with --probe {args.probe}")
-        if args.features == "pixels" or (args.features and args.probe == "all"):
-            raise InputError(f"--features {args.features}: --probe {args.probe} reads h and z")
-    if args.protocol == "paper":
-        refuse(["l2"], "with --protocol paper")
-    else:
-        refuse(published, "without --protocol paper")
-    if args.features == "pixels":
-        refuse(["untrained"], "with --features pixels")
+    useless = [  # flags that would do nothing, and where
+        (args.export, vars(args).keys() - {"run", "untrained", "export"}, "with --export, which evaluates nothing"),
+        (args.probe != "class", [*classifier, *published, "protocol", "l2"], f"with --probe {args.probe}"),
+        (args.probe == "all", ["features"], "with --probe all, which reads h and z"),
+        (args.protocol == "paper", ["l2"], "with --protocol paper"),
+        (args.protocol != "paper", published, "without --protocol paper"),
+        (args.features == "pixels", ["untrained"], "with --features pixels"),
+    ]
+    for active, names, where in useless:
+        for name in sorted(names) if active else ():
+            unset = getattr(args, name) == parser.get_default(name)
+            ensure(unset, f"{dashed(name)} does nothing {where}; leave it out")
+    ensure(args.probe == "class" or args.features != "pixels", f"--features pixels: --probe {args.probe} reads h or z")
     for name in ("confusion", "export"):
-        if getattr(args, name) and getattr(args, name).is_dir():
-            raise InputError(f"--{name} {getattr(args, name)}: a folder; give the name of a file")
-    if args.confusion:
-        if args.confusion.suffix not in (".png", ".pdf", ".svg"):
-            raise InputError(f"--confusion {args.confusion}: must end in .png, .pdf or .svg")
-        if not args.confusion.absolute().parent.is_dir():
-            raise InputError(f"--confusion {args.confusion}: no folder {args.confusion.parent}")
-        if not importlib.util.find_spec("matplotlib"):
-            raise InputError("--confusion: matplotlib is not installed (pip install matplotlib)")
+        if path := getattr(args, name):
+            ensure(not path.is_dir(), f"--{name} {path}: a folder; give the name of a file")
+            ensure(path.absolute().parent.is_dir(), f"--{name} {path}: no folder {path.parent}")
+    if path := args.confusion:
+        ensure(path.suffix in (".png", ".pdf", ".svg"), f"--confusion {path}: must end in .png, .pdf or .svg")
+        ensure(importlib.util.find_spec("matplotlib"), "--confusion: matplotlib is not there; pip install it")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the evaluation that the command line asks for; prints a table and returns its figures."""
     args = parse(argv)
-    config, model = load_run(args.run)
+    config, model = common.load_run(args.run)
     if args.untrained:
         torch.manual_seed(config.seed)
         model = type(model)(config)
@@ -363,92 +327,82 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.export:
         export(config, model, args.export)
         return {}
-    given = {k: v for k, v in (("data", args.data), ("data_dir", args.data_dir)) if v is not None}
-    config = type(config)(**(asdict(config) | given | {"device": args.device}))
-    device = common.pick_device(config)
-    data = common.load_data(config, device)
+    headless = isinstance(model.projector, nn.Identity) and (args.probe == "all" or args.features == "z")
+    ensure(not headless, "z: this network has no projection head, so z is h; ask for h alone")
+    config.data, config.data_dir = args.data or config.data, args.data_dir or config.data_dir
+    device = common.pick_device(args.device)
+    data = images.load(config.data, config.image_size, device, config.data_dir, config.resident_gb, config.workers)
     model = model.to(device, memory_format=torch.channels_last)
-    name = f"{config.METHOD}, {'untrained' if args.untrained else 'trained'} {config.backbone}, frozen"
-    return (class_of if args.probe == "class" else kinds_of)(args, config, model, data, name)
+    print(f"{config.method()}, {'untrained' if args.untrained else 'trained'} {config.backbone}, frozen")
+    print(data.describe(), flush=True)
+    return (class_of if args.probe == "class" else kinds_of)(args, config, model, data)
 
 
-def need_head(model: nn.Module, features: str) -> None:
-    if features == "z" and isinstance(model.projector, nn.Identity):
-        raise InputError("--features z: this network has no projection head, so z is h; leave it out")
-
-
-def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data: common.Data, name: str) -> dict:
+def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data: Data) -> dict[str, Any]:
     """`--probe class`: how well a linear classifier and kNN tell the classes."""
-    if not data.labelled():
-        raise InputError(f"--data {config.data}: no class sub-folders with held-out images; give a set with labels")
+    ensure(data.labelled, f"--data {config.data}: no class sub-folders with held-out images; give a set with labels")
     features = args.features or "h"
-    need_head(model, features)
-    network = {"h": model.backbone, "z": model, "pixels": common.pixels}[features]
+    network = {"h": model.backbone, "z": model.embed, "pixels": common.pixels}[features]
     chosen = pick_labels(data.train.labels, args.label_fraction, args.seed)
     device = next(model.parameters()).device
-    train_labels, labels = data.train.labels[chosen].to(device), data.test.labels.to(device)
+    train_labels, labels, count = data.train.labels[chosen].to(device), data.test.labels.to(device), len(data.classes)
     torch.manual_seed(args.seed)
     if args.shuffle_labels:
         train_labels = train_labels[torch.randperm(len(train_labels)).to(device)]
 
-    print(f"{name}, features {features}\n{data.describe()}; {len(chosen):,} labels used", flush=True)
     train, test = common.embed(network, data.train, config, chosen), common.embed(network, data.test, config)
     mean = train.mean(0) if features == "pixels" else 0  # taken off, as in the table that ends a run
-    known, asked, shuffled = train - mean, test - mean, "; LABELS SHUFFLED" * args.shuffle_labels
+    known, asked, width = train - mean, test - mean, train.shape[1]
+    print(f"features {features} ({width}-d), {len(chosen):,} labels used" + ", SHUFFLED" * args.shuffle_labels)
     if args.protocol == "features":
-        l2 = 1e-3 if args.l2 is None else args.l2
-        print(f"protocol features: L-BFGS on cached features ({train.shape[1]}-d), l2 {l2:g}{shuffled}")
-        result = evaluate(known, train_labels, asked, labels, len(data.classes), l2)
+        print(f"protocol features: L-BFGS on cached features, l2 {args.l2:g}", flush=True)
+        result = evaluate(known, train_labels, asked, labels, count, args.l2)
     else:
         changes = {k: getattr(args, k) for k in ("epochs", "lr") if getattr(args, k) is not None}
-        setting = PUBLISHED[config.METHOD]._replace(**changes)
+        setting = PUBLISHED[config.method()]._replace(**changes)
         how = f"{setting.optimizer}, batch {setting.batch_size}, lr {setting.lr:g}, {setting.epochs} epochs"
         how += f" ({setting.source}{'; changed by hand' * bool(changes)})"
         how += f"; batch and lr lowered to the {len(chosen)} images" * (len(chosen) < setting.batch_size)
-        print(f"protocol paper: {how}{shuffled}", flush=True)
+        print(f"protocol paper: {how}", flush=True)
         if (steps := setting.epochs * -(-len(chosen) // setting.batch_size)) < 2000:
-            few = "where the published ones take thousands, so that the classifier may stop short of its best"
-            print(f"note: {steps:,} steps in all, {few}; --protocol features has no steps", flush=True)
-        classifier = fit_as_published(network, data, config, chosen, train_labels, setting)
+            print(f"note: only {steps:,} steps in all, the published ones are thousands; --protocol features has none")
+        classifier = fit_as_published(network, data, config, chosen, train_labels, width, setting)
         with torch.no_grad():
-            result = scores(classifier(test), labels, len(data.classes))
+            result = scores(classifier(test), labels, count)
         result["knn_top1"] = common.knn_accuracy(known, train_labels, asked, labels)
 
     print(f"  linear top-1  {result['linear_top1']:.4f}")
-    if len(data.classes) > 5:
+    if count > 5:
         print(f"  linear top-5  {result['linear_top5']:.4f}")
     print(f"  kNN top-1     {result['knn_top1']:.4f}")
     worst = sorted((a, c) for a, c in zip(result["per_class"], data.classes, strict=True) if not math.isnan(a))[:10]
-    of = f" (the worst 10 of {len(data.classes)})" * (len(data.classes) > 10)
-    print(f"  per class     {', '.join(f'{c} {a:.3f}' for a, c in worst)}{of}")
+    print(f"  per class     {', '.join(f'{c} {a:.3f}' for a, c in worst)}" + f" (worst 10 of {count})" * (count > 10))
     if args.confusion:
         draw_confusion(result["confusion"], data.classes, args.confusion)
     return result
 
 
-def kinds_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data: common.Data, name: str) -> dict:
+def kinds_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data: Data) -> dict[str, Any]:
     """`--probe grayscale` and the like: what h keeps and g(h) loses. Needs held-out images, but no labels."""
-    if data.test is None:
-        raise InputError(f"--data {config.data}: no held-out images; add a test folder, or class sub-folders")
-    probes = list(PROBES) if args.probe == "all" else [args.probe]
-    features = ["h", "z"] if args.probe == "all" else [args.features or "h"]
-    need_head(model, features[-1])
-    result = run_probes(model, data, config, probes, features, args.seed)
-    used = [min(PROBE_IMAGES, len(images)) for images in (data.train, data.test)]
-    print(f"{name}\n{data.describe()}; an MLP is fitted to {used[0]:,} and asked about {used[1]:,}")
+    ensure(data.test, f"--data {config.data}: no held-out images; add a test folder, or class sub-folders")
+    networks = {"h": model.backbone, "z": model.embed}
+    probes = list(PROBES)
+    if args.probe != "all":
+        probes, asked = [args.probe], args.features or "h"
+        networks = {asked: networks[asked]}
+    used = [min(PROBE_IMAGES, len(split)) for split in (data.train, data.test)]
+    print(f"an MLP is fitted to {used[0]:,} and asked about {used[1]:,}", flush=True)
     if min(used) < 2000:
         print("warning: an MLP needs some 2,000 images of each split before these figures mean something")
-    print()
-    head = {"h": "h", "z": "g(h)"}
-    print(f"  {'':34}{'chance':>8}" + "".join(f"{head[f]:>8}" for f in features) + "     the paper's")
+    result = run_probes(networks, data, config, probes, model.backbone.feature_dim, args.seed)
+    heads = "".join(f"{'g(h)' if name == 'z' else name:>8}" for name in networks)
+    print(f"\n  {'':34}{'chance':>8}{heads}     the paper's")
     for probe, row in result.items():
-        paper = " / ".join(f"{v:g}" for v in PAPER[probe])
+        what, _, paper = PROBES[probe]
         values = "".join(f"{100 * v:8.1f}" for v in row.values())
-        print(f"  {probe:10}{PROBES[probe][0]:24}{values}     {paper}")
-    print(
-        "\nThe paper's networks (ImageNet, ResNet-50, h and g(h) both 2048-d) had rotation, noise or Sobel among their"
-    )
-    print("training augmentations in those rows, so that g(h) learned to lose it; with SimCLR see --augment.")
+        print(f"  {probe:10}{what:24}{values}     {' / '.join(f'{v:g}' for v in paper)}")
+    print("\nThe paper's networks (ImageNet, ResNet-50, h and g(h) 2048-d) had rotation, noise or Sobel among their")
+    print("augmentations in those rows, so that g(h) learned to lose it, as benchmarks/augmentations.py can.")
     return result
 
 

@@ -6,27 +6,35 @@ import torch
 from PIL import Image
 
 import common
+import images
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds (they run by default; skip: -m 'not slow')")
+    config.addinivalue_line("markers", "slow: statistics and whole runs; skipped unless asked for by -m slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     torch.set_num_threads(1)  # small tensors; and no waiting where other processes use the cores
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run it by -m slow"))
 
 
 @pytest.fixture
 def few_shapes(request, monkeypatch):
     """`shapes` of 200 images, or the module's FEW_SHAPES, and no curves: a run then takes about a second."""
-    make, part = common.make_shapes, 10_000 // getattr(request.module, "FEW_SHAPES", 200)
+    make, part = images.make_shapes, 10_000 // getattr(request.module, "FEW_SHAPES", 200)
     monkeypatch.setattr(common.Run, "curves", lambda self: None)
-    monkeypatch.setattr(common, "make_shapes", lambda n, seed, size: make(n // part, seed, size))
+    monkeypatch.setattr(images, "make_shapes", lambda n, seed, size: make(n // part, seed, size))
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """240 pictures in ten class folders; 20 are held out, and the other 220 make 6 steps of 32 images."""
     root = tmp_path_factory.mktemp("photos")
-    for i, (picture, label) in enumerate(zip(*common.make_shapes(240, 0, 32), strict=True)):
+    for i, (picture, label) in enumerate(zip(*images.make_shapes(240, 0, 32), strict=True)):
         path = root / str(label.item()) / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)

@@ -1,256 +1,360 @@
-"""The shared module: flags, data of every kind, the optimiser, the schedule, kNN and the checkpoint."""
+"""The shared module: exit status, flags, network, optimiser, evaluation, and a run and its files."""
 
+import csv
 import dataclasses
+import errno
+import importlib
 import json
 import math
+import os
+import re
+import signal
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 
 import common
+import images
 import simclr
+from tests.helpers import equal, python, same_run, saved
 
 CPU = torch.device("cpu")
+METHODS = ["simclr", "moco", "byol", "simsiam", "supcon"]
+PICTURES, LABELS = images.make_shapes(110, 0, 16)  # 100 to train on: 3 steps of 30, and 10 held out
 
 
-def write(path, array, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(path)
+def config(out=".", **given):
+    """Of a run that takes a tenth of a second."""
+    small = {"image_size": 16, "epochs": 2, "batch_size": 30, "hidden_dim": 16, "projection_dim": 8, "workers": 1}
+    return simclr.Config.preset("demo", **small | {"knn_every": 0, "warmup_epochs": 0.0, "out": str(out)} | given)
 
 
-def noise(h, w, *channels, seed=0):
-    return np.random.default_rng(seed).integers(0, 255, (h, w, *channels), dtype=np.uint8)
+def train(out, data=(PICTURES, LABELS), **given):
+    return simclr.train(config(out, **given), data)
+
+
+def a_run(out, **given):
+    """A run that has not begun."""
+    c = config(out, **given)
+    _, data = common.start(c, (PICTURES, LABELS))
+    model = simclr.SimCLR(c)
+    optimizer = torch.optim.SGD(common.parameter_groups(model, c.weight_decay), lr=0.1, momentum=0.9)
+    return common.Run(c, data, CPU, model=model, optimizer=optimizer)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    monkeypatch.setattr(common.Run, "curves", lambda run: None)
+
+
+# --------------------------------------------------------------------------------------------------- exit status
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (common.InputError("no"), 2, "error: no\n"),
+        (images.DataError("no"), 2, "error: no\n"),
+        (common.RunFailure("no"), 1, "error: no\n"),
+        (common.Stopped("stopped", signal.SIGINT), 130, "stopped\n"),
+        (common.Stopped("stopped", signal.SIGTERM), 143, "stopped\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size\n",
+        ),
+        (OSError(errno.ENOSPC, "No space", "x.png"), 1, "error: x.png: No space; is the disk full?\n"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else "",
+)
+def test_exit_status(error, status, line, capsys):
+    with pytest.raises(SystemExit) as end, common.exit_status():
+        raise error
+    assert end.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback():
+    for error in (ValueError("a bug"), RuntimeError("a bug")):
+        with pytest.raises(type(error)), common.exit_status():
+            raise error
+    with common.exit_status():
+        pass
 
 
 # --------------------------------------------------------------------------------------------------------- flags
 
 
-def test_every_flag_has_help_with_its_default_and_can_be_given(capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_help_names_every_flag_in_two_groups_with_examples(method, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    module = importlib.import_module(method)
+    with pytest.raises(SystemExit) as end:
+        common.parse_args(module.Config, ["--help"])
+    text = capsys.readouterr().out
+    _, own, shared, examples = re.split(f"the flags of {method}:|the run:|examples:", text)
+    assert end.value.code == 0 and examples.count(f"python {method}.py") >= 2
+    mine = re.findall(r"^    (\w+):.*  # ", re.split(r"\nclass Config\b", Path(module.__file__).read_text())[1], re.M)
+    for name, kind in common.flags(module.Config).items():
+        here, other = (own, shared) if name in mine else (shared, own)
+        assert re.search(rf"^  {common.dashed(name)}\b", here, re.M), name
+        assert not re.search(rf"^  {common.dashed(name)}\b", other, re.M), name
+        assert kind is not bool or "--no-" + name.replace("_", "-") in here
+    assert text.count("(default ") == len(common.flags(module.Config))  # each has its help
+
+
+def test_help_shows_the_default_of_every_preset(capsys):
     with pytest.raises(SystemExit):
         common.parse_args(simclr.Config, ["--help"])
-    text = capsys.readouterr().out
-    for name, (kind, *_) in common.flags(simclr.Config).items():
-        assert common.dashed(name) in text
-        if kind is bool:
-            assert "--no-" + name.replace("_", "-") in text
-    words = " ".join(text.split())
-    assert "default 0.1; cifar: 0.5; demo: 0.2" in words  # the temperature in every preset
+    words = " ".join(capsys.readouterr().out.split())
+    demo = simclr.DEMO["temperature"]
+    assert f"small batches and few epochs like it larger (default 0.1; cifar: 0.5; demo: {demo})" in words
+    assert "--optimizer {lars,sgd}" in words and "--preset {paper,cifar,demo}" in words
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_line_and_python_agree(method):
+    config = importlib.import_module(method).Config
+    for name, values in config.PRESETS.items():
+        shell = common.parse_args(config, ["--preset", name, "--epochs", "2", "--warmup-epochs", "1"])
+        here = config.preset(name, epochs=2, warmup_epochs=1.0)
+        assert shell == here and shell.epochs == 2 and shell.recipe == here.recipe == name
+        assert shell.given == here.given == {"epochs", "warmup_epochs"}
+        assert all(getattr(here, k) == v for k, v in values.items() if k not in here.given)
+    assert common.parse_args(config, ["--preset", "paper"]) == config.preset("paper") == config()
+    assert config() != config.preset("demo") and config().method() == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_flag_is_read_with_its_type(method):
+    """All flags of one preset, given by hand over another, are the first."""
+    config = importlib.import_module(method).Config
+    for preset, other in (("paper", "demo"), ("demo", "paper")):
+        values, argv = dataclasses.asdict(config.preset(preset)), ["--preset", other]
+        for name, kind in common.flags(config).items():
+            flag, value = common.dashed(name), values[name]
+            argv += [flag, str(value)] if kind is not bool else [flag if value else "--no-" + flag[2:]]
+        read = common.parse_args(config, argv)
+        assert read == config.preset(preset) and read.given == values.keys()
+        assert all(type(value) is type(values[name]) for name, value in dataclasses.asdict(read).items())
+
+
+@pytest.mark.parametrize(
+    "argv, preset",
+    [
+        ("", "demo"),
+        ("--data shapes", "demo"),
+        ("--data cifar10", "cifar"),
+        ("--data cifar100", "cifar"),
+        ("--data stl10", "paper"),
+        ("--data /my/photos", "paper"),
+        ("--data /my/photos --preset demo", "demo"),
+    ],
+)
+def test_the_preset_follows_the_data(argv, preset):
+    c = common.parse_args(simclr.Config, argv.split())
+    assert c.recipe == preset and c.data == dict(zip(*[iter(argv.split())] * 2, strict=True)).get("--data", "shapes")
 
 
 def test_booleans_and_no_abbreviations():
     assert common.parse_args(simclr.Config, ["--compile"]).compile
     assert not common.parse_args(simclr.Config, ["--no-compile"]).compile
-    with pytest.raises(common.InputError, match="did you mean --temperature"):
-        common.parse_args(simclr.Config, ["--temp", "0.3"])
+    with pytest.raises(common.InputError, match="unknown flag --temperatur; did you mean --temperature"):
+        common.parse_args(simclr.Config, ["--temperatur", "0.3"])
 
 
-def test_resume_takes_the_runs_flags_unless_given(tmp_path):
-    stored = {"method": "simclr", "temperature": 0.33, "epochs": 7, "backbone": "resnet8", "image_size": 32}
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    c = common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path), "--epochs", "9"])
-    assert (c.temperature, c.epochs, c.backbone, c.resume) == (0.33, 9, "resnet8", True)
+def test_a_value_given_wins_over_the_stored_one_and_that_over_the_preset(tmp_path):
+    a_run(tmp_path, temperature=0.33, epochs=7)
+    c = common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path), "--epochs", "9", "--lr", "0.7"])
+    assert c == config(tmp_path, temperature=0.33, epochs=9, lr=0.7, resume=True)
+    assert c.recipe == "demo" and {"temperature", "epochs", "lr"} < c.given and "weight_decay" not in c.given
+    assert c.weight_decay == simclr.DEMO["weight_decay"]
+    assert not json.loads((tmp_path / "config.json").read_text())["resume"]
 
 
-def test_resume_keeps_a_warm_up_that_was_given_by_hand(tmp_path, capsys):
-    given = simclr.Config(epochs=2, warmup_epochs=2.0, out=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"method": "simclr"} | dataclasses.asdict(given)))
-    resume = ["--resume", "--out", str(tmp_path)]
-    assert common.parse_args(simclr.Config, resume).warmup_epochs == 2 and not capsys.readouterr().out
-    assert common.parse_args(simclr.Config, [*resume, "--epochs", "1"]).warmup_epochs == 0.1
+# ------------------------------------------------------------------------------------------------ the preset fits
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+@pytest.mark.parametrize("n, batch", [(5000, 4096), (4096, 4096), (4095, 128), (300, 16), (40, 16), (9, 8), (2, 2)])
+def test_a_presets_batch_is_lowered_to_the_data(n, batch, capsys):
+    c = simclr.Config.preset("paper")
+    common.fit_to(c, n)
+    assert c.batch_size == batch
+    note = f"note: the paper preset's batch of 4096 is lowered to {batch}, for {n} images\n"
+    assert capsys.readouterr().out == note * (n < 4096)
 
 
-def test_shapes_are_the_same_for_a_seed_and_balanced():
-    a, la = common.make_shapes(200, 0)
-    b, lb = common.make_shapes(200, 0)
-    assert torch.equal(a, b) and torch.equal(la, lb) and not torch.equal(a, common.make_shapes(200, 1)[0])
-    assert a.shape == (200, 3, 32, 32) and a.dtype == torch.uint8 and la.bincount().tolist() == [20] * 10
+def test_a_presets_warm_up_is_lowered_and_a_given_one_is_not(tmp_path, capsys):
+    c = simclr.Config.preset("cifar", epochs=10)
+    common.fit_to(c, 50_000)
+    assert c.warmup_epochs == 1.0 and capsys.readouterr().out.count("is lowered") == 1
+    a_run(tmp_path, epochs=2, warmup_epochs=2.0)
+    resumed = common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path)])
+    common.fit_to(resumed, 100)
+    assert resumed.warmup_epochs == 2 and not capsys.readouterr().out
 
 
-def test_the_label_is_the_shape_drawn():
-    (a, la), (b, lb) = common.make_shapes(3000, 0), common.make_shapes(300, 1)
-    a, b = (x.float().flatten(1) for x in (a, b))
-    assert common.knn_accuracy(a - a.mean(0), la, b - a.mean(0), lb, k=1) > 0.3
+# ------------------------------------------------------------------------------------------------------- network
 
 
-def test_shapes_have_one_area_whatever_the_class():
-    outer, inner = common.shape_outlines()
-    assert torch.allclose((outer**2 - inner**2).mean(1), torch.tensor(0.5), atol=1e-4)
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("name, last, width", [("resnet18", "bn2", 512), ("resnet50", "bn3", 2048)])
+def test_backbones_are_torchvisions(name, last, width, stem):
+    for zero in (True, False):
+        ours = common.build_backbone(simclr.Config(backbone=name, stem=stem), zero_init_residual=zero)
+        scales = [getattr(block, last).weight for layer in (ours.layer1, ours.layer4) for block in layer]
+        assert all((scale == 1 - zero).all() for scale in scales)
+    assert ours.conv1.kernel_size == ((3, 3) if stem == "cifar" else (7, 7))
+    assert isinstance(ours.maxpool, nn.Identity) == (stem == "cifar") and ours.feature_dim == width
+    theirs = torchvision.models.get_model(name)
+    if stem == "cifar":
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
+    theirs.fc, x = nn.Identity(), torch.rand(2, 3, 32, 32)
+    assert torch.equal(theirs.eval()(x), ours.eval()(x)) and ours(x).shape == (2, width)
 
 
-def test_every_kind_of_picture_is_decoded(tmp_path):
-    """Grey, palette, RGBA, 16-bit, CMYK, EXIF-turned: uint8 RGB of the right pixels."""
-    rgb = noise(12, 9, 3)
-    write(tmp_path / "rgb.png", rgb)
-    assert np.array_equal(common.decode(tmp_path / "rgb.png")[0], rgb)
-    write(tmp_path / "rgba.png", np.concatenate([rgb, noise(12, 9, 1)], 2))
-    assert np.array_equal(common.decode(tmp_path / "rgba.png")[0], rgb)
-    grey = noise(12, 9)
-    write(tmp_path / "grey.png", grey)
-    assert np.array_equal(common.decode(tmp_path / "grey.png")[0], np.stack([grey] * 3, 2))
-    write(tmp_path / "deep.png", grey.astype(np.uint16) * 257)
-    assert np.array_equal(common.decode(tmp_path / "deep.png")[0], np.stack([grey] * 3, 2))
-    Image.fromarray(rgb).quantize(255).save(tmp_path / "palette.png")
-    assert np.abs(common.decode(tmp_path / "palette.png")[0].astype(int) - rgb).mean() < 30
-    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    assert common.decode(tmp_path / "cmyk.jpg")[0].shape == (12, 9, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=exif)
-    pixels, size = common.decode(tmp_path / "turned.png")
-    assert size == (9, 12) and np.array_equal(pixels, np.rot90(rgb, -1))
-    pixels, size = common.decode(tmp_path / "turned.png", (16, 16))
-    assert size == (9, 12) and pixels.shape == (16, 16, 3)
+def test_resnet8_is_small_and_takes_any_size():
+    network = common.build_backbone(simclr.Config(backbone="resnet8"))
+    for side in (8, 33):
+        assert network(torch.rand(2, 3, side, side)).shape == (2, network.feature_dim)
+    assert sum(p.numel() for p in network.parameters()) < 400_000
+    assert all((m.weight == 1).all() for m in network.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def config(root, **given):
-    return simclr.Config(**{"data": str(root), "image_size": 32, "workers": 2} | given)
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("pieces", [3, 4, 16])
+def test_pieces_give_the_gradient_of_the_whole_batch(pieces, views):
+    """Without BN they change nothing, whatever mixes the rows: equal to float64 rounding."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(27, 12), nn.Tanh(), nn.Linear(12, 6)).double()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+
+        def forward(self, *views):
+            return self.body(torch.cat(views)).chunk(len(views)) if len(views) > 1 else self.body(*views)
+
+    x, w = torch.rand(views, 16, 3, 3, 3, dtype=torch.float64), torch.rand(6, 16 * views, dtype=torch.float64)
+    found = []
+    for count in (1, pieces):
+        body.zero_grad()
+        z = common.in_pieces(Model(), count, *x)
+        z = torch.cat(z) if views > 1 else z
+        (z @ w).logsumexp(0).square().mean().backward()
+        found.append([z, *(p.grad.clone() for p in body.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*found, strict=True))
 
 
-def test_a_folder_of_classes_holds_out_every_tenth_image(tmp_path):
-    for i in range(40):
-        write(tmp_path / "ab"[i % 2] / f"{i:02}.png", noise(32, 32, 3, seed=i))
-    data = common.load_data(config(tmp_path), CPU)
-    assert data.classes == ["a", "b"] and (len(data.train), len(data.test)) == (36, 4)
-    assert data.test.labels.bincount().tolist() == [2, 2]
-    assert data.train.images.shape == (36, 3, 32, 32)
-    stored = torch.cat([data.train.images, data.test.images]).flatten(1).float().mean(1).sort().values
-    files = torch.tensor([noise(32, 32, 3, seed=i).mean() for i in range(40)]).float().sort().values
-    assert torch.allclose(stored, files, atol=1e-3)
+def test_pieces_hold_no_graph_and_move_bn_statistics_once():
+    torch.manual_seed(0)
+    model, twin = simclr.SimCLR(config()), simclr.SimCLR(config())
+    twin.load_state_dict(model.state_dict())
+    x1, x2 = torch.rand(2, 8, 3, 32, 32)
+    held = []
+
+    def graph(network, pieces):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            z1, z2 = common.in_pieces(network, pieces, x1, x2)
+        held.append(kept)
+        return z1.square().sum() + z2.square().sum()
+
+    graph(model, 2).backward()
+    graph(model, 1)
+    assert held[0] == x1.nbytes + x2.nbytes < held[1] / 20  # the pieces' pictures alone
+    model.load_state_dict(twin.state_dict())
+    model.zero_grad()
+    sum(z.square().sum() for z in common.in_pieces(model, 2, x1, x2)).backward()
+    for piece in (slice(0, 4), slice(4, 8)):
+        sum(z.square().sum() for z in twin(x1[piece], x2[piece])).backward()
+    assert equal(model.state_dict(), twin.state_dict())  # the running statistics moved once a piece
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_train_and_test_folders(tmp_path, held_out):
-    for split, n in (("train", 6), (held_out, 4)):
-        for i in range(n):
-            write(tmp_path / split / "xy"[i % 2] / f"{i}.JPG", noise(20, 30, 3, seed=i))
-    write(tmp_path / held_out / "unseen" / "0.jpg", noise(20, 30, 3))
-    data = common.load_data(config(tmp_path), CPU)
-    assert (len(data.train), len(data.test)) == (6, 4) and data.classes == ["x", "y"]
-    assert data.train.images.shape[2:] == (20, 30)  # small pictures of one size are kept as they are
+def test_still_statistics():
+    """The output is that of training mode; the buffers stay to the bit; and afterwards they move as before."""
+    model, x = simclr.SimCLR(config()), torch.rand(2, 4, 3, 16, 16)
+    before, settings = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [m.__dict__.copy() for m in model.modules()],
+    )
+    with pytest.raises(RuntimeError, match="inside"), common.still_statistics(model):
+        still = model(*x)
+        raise RuntimeError("inside")
+    assert equal(model.state_dict(), before)
+    assert all(m.__dict__.get("momentum") == s.get("momentum") for m, s in zip(model.modules(), settings, strict=True))
+    assert equal(model(*x), still) and not equal(model.state_dict(), before)
+    assert model.backbone.bn1.num_batches_tracked == 1
 
 
-def test_a_flat_folder_has_no_labels_and_no_knn(tmp_path, capsys):
-    for i in range(8):
-        write(tmp_path / "photos" / f"{i}.png", noise(40, 30 + i, 3, seed=i))
-    c = config(tmp_path / "photos", backbone="resnet8", epochs=1, batch_size=4, out=str(tmp_path / "run"))
-    metrics = simclr.train(c)
-    assert metrics["knn_top1"] is None and not any(k.startswith("knn h") for k in metrics)
-    assert "no labels" in capsys.readouterr().out
-    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[1].split(",")[5] == ""
+def test_network_for_casts_and_cuts():
+    model, x = simclr.SimCLR(config()).eval(), torch.rand(2, 30, 3, 16, 16)
+    assert common.network_for(model, config(amp="bf16"), CPU)(*x)[0].dtype == torch.bfloat16 and model.training
+    assert common.network_for(model, config(), CPU)(*x)[0].dtype == torch.float32
+    rows = []
+    model.backbone.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    for given, pieces, seen in (({}, 0, [60]), ({"micro_batch_size": 10}, 0, [20] * 3), ({}, 2, [30] * 2)):
+        rows.clear()
+        common.network_for(model, config(**given), CPU, pieces)(*x)
+        assert rows == seen
 
 
-def test_links_hidden_folders_and_stray_pictures(tmp_path):
-    """Linked class folders count, hidden ones do not, and a picture beside the classes is one without a label."""
-    for i in range(20):
-        write(tmp_path / "elsewhere" / "b" / f"{i:02}.png", noise(32, 32, 3, seed=i))
-        write(tmp_path / "photos" / "a" / f"{i:02}.png", noise(32, 32, 3, seed=100 + i))
-    (tmp_path / "photos" / "b").symlink_to(tmp_path / "elsewhere" / "b", target_is_directory=True)
-    write(tmp_path / "photos" / ".thumbnails" / "x.png", noise(32, 32, 3))
-    write(tmp_path / "photos" / "cover.png", noise(32, 32, 3))
-    data = common.load_data(config(tmp_path / "photos"), CPU)
-    assert data.classes == ["a", "b"] and len(data.test) == 4
-    assert sorted(data.train.labels.tolist()) == [-1] + [0] * 18 + [1] * 18
+def test_loss_backend():
+    kernels = pytest.importorskip("kernels")
+    for asked in ("naive", "blocked"):
+        assert common.loss_backend(kernels, config(loss_backend=asked), 40, 40, CPU) == asked
+    assert common.loss_backend(kernels, config(), 40, 40, CPU) in ("naive", "blocked")
+    assert common.loss_backend(None, config(), 40, 40, CPU) == "naive"
+    for given, package in (("blocked", None), ("triton", None), ("triton", kernels)):
+        with pytest.raises(common.InputError, match=f"^--loss-backend {given}: "):
+            common.loss_backend(package, config(loss_backend=given), 40, 40, CPU)
 
 
-def test_a_long_warm_up_of_a_preset_is_shortened(capsys):
-    c = common.parse_args(simclr.Config, ["--preset", "cifar", "--epochs", "10"])
-    assert c.warmup_epochs == 1.0 and "is lowered" in capsys.readouterr().out
-    assert common.parse_args(simclr.Config, ["--epochs", "3", "--warmup-epochs", "3"]).warmup_epochs == 3
+# -------------------------------------------------------------------------------------------------- optimisation
 
 
-def test_resume_takes_a_new_weight_decay(tmp_path):
-    c = simclr.Config(data="shapes", backbone="resnet8", image_size=32, epochs=1, batch_size=4, out=str(tmp_path))
-    images, labels = common.make_shapes(8, 0)
-    data = common.Data("x", common.whole(images, labels, CPU), None, [], [])
-    for decay, resume in ((0.1, False), (0.2, True)):
-        c.resume, model = resume, simclr.SimCLR(c)
-        optimizer = torch.optim.SGD(common.parameter_groups(model, decay), lr=0.1, momentum=0.9)
-        run = common.Run(c, data, CPU, model=model, optimizer=optimizer)
-        run.save()
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.2, 0.0]
+def test_cosine_lr():
+    values = [common.cosine_lr(s, 100, 10, 2.0) for s in range(100)]
+    assert math.isclose(values[0], 0.2) and math.isclose(values[9], 2.0) and math.isclose(values[10], 2.0)
+    assert math.isclose(values[55], 1.0) and 0 < values[99] < 0.01
+    assert values[:10] == sorted(values[:10]) and values[10:] == sorted(values[10:], reverse=True)
+    assert common.cosine_lr(0, 1, 0, 2.0) == 2.0 and common.cosine_lr(0, 4, 2.5, 1.0) == 0.4
 
 
-def test_a_presets_batch_is_lowered_to_the_data(tmp_path, capsys, monkeypatch):
-    for i in range(40):
-        write(tmp_path / "photos" / f"{i}.png", noise(40, 30 + i, 3, seed=i))
-    flags = ["--data", str(tmp_path / "photos"), "--epochs", "1", "--backbone", "resnet8", "--image-size", "16"]
-    simclr.train(common.parse_args(simclr.Config, [*flags, "--out", str(tmp_path / "run")]))
-    assert "batch of 4096 is lowered to 16," in capsys.readouterr().out
+def test_set_lr_leaves_constant_groups():
+    p = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "constant": True}], lr=0.5)
+    common.set_lr(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
 
 
-def test_streamed_views_are_the_resident_ones(tmp_path):
-    """--resident-gb 0 streams: the same central views, and crops that depend neither on workers nor on order."""
-    for i in range(20):
-        write(tmp_path / "ab"[i % 2] / f"{i:02}.png", noise(32, 32, 3, seed=i))
-    resident = common.load_data(config(tmp_path), CPU)
-    streamed = common.load_data(config(tmp_path, resident_gb=0.0), CPU)
-    assert streamed.train.images is None and "streamed" in streamed.describe()
-    index = [torch.arange(18)]
-    a, b = (next(iter(d.train.centered(index, 32))) for d in (resident, streamed))
-    assert torch.allclose(a, b, atol=1e-6)
-
-    def crops(batches, workers, seed):
-        return torch.cat([torch.stack(v, 1) for v in streamed.train.crops(batches, 24, 2, (0.2, 1.0), seed, workers)])
-
-    one = crops(torch.arange(18).split(6), 1, 5)
-    assert one.shape == (18, 2, 3, 24, 24) and not torch.equal(one[:, 0], one[:, 1])
-    assert torch.equal(one, crops(torch.arange(18).split(9), 2, 5))
-    assert torch.equal(one.flip(0), crops(torch.arange(18).flip(0).split(6), 1, 5))
-    assert not torch.equal(one, crops(torch.arange(18).split(6), 1, 6))
-
-
-def test_a_streamed_run_trains(tmp_path):
-    for i in range(20):
-        write(tmp_path / "photos" / "ab"[i % 2] / f"{i:02}.png", noise(50 + i, 40, 3, seed=i))
-    flags = {"resident_gb": 0.0, "backbone": "resnet8", "epochs": 2, "batch_size": 6, "out": str(tmp_path / "run")}
-    assert math.isfinite(simclr.train(config(tmp_path / "photos", **flags))["loss"])
-
-
-def test_named_sets_come_from_torchvision(tmp_path, monkeypatch):
-    """The layout that torchvision's classes have, without their download."""
-
-    class Fake:
-        def __init__(self, root, download, **split):
-            n = 10 if split in ({"train": True}, {"split": "train+unlabeled"}) else 4
-            self.classes, self.targets = ["cat", "dog"], [i % 2 for i in range(n)]
-            self.data = noise(32, 32, n, 3).transpose(2, 0, 1, 3)
-
-    class FakeSTL(Fake):
-        def __init__(self, root, download, **split):
-            super().__init__(root, download, **split)
-            self.labels = np.array([-1 if i > 5 else i % 2 for i in range(len(self.targets))])
-            self.data = self.data.transpose(0, 3, 1, 2)
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    monkeypatch.setattr("torchvision.datasets.STL10", FakeSTL)
-    for name in ("cifar10", "stl10"):
-        data = common.load_data(config(name, data_dir=str(tmp_path)), CPU)
-        assert data.train.images.shape == (10, 3, 32, 32) and len(data.test) == 4 and data.labelled()
-    assert common.knn_of(common.pixels, data, config("stl10")) is not None  # unlabelled images are not in the bank
-
-
-# ----------------------------------------------------------------------------------------- network and optimiser
-
-
-@pytest.mark.parametrize(
-    "name, stem, size", [("resnet18", "auto", 32), ("resnet50", "auto", 224), ("resnet18", "imagenet", 32)]
-)
-def test_stems_and_zero_initialised_residuals(name, stem, size):
-    network = common.build_backbone(simclr.Config(backbone=name, stem=stem, image_size=size))
-    small = stem == "auto" and size <= 64
-    assert network.conv1.kernel_size == ((3, 3) if small else (7, 7))
-    assert isinstance(network.maxpool, nn.Identity) == small
-    last = "bn2" if name == "resnet18" else "bn3"
-    assert all((getattr(b, last).weight == 0).all() for layer in (network.layer1, network.layer4) for b in layer)
-    assert network.feature_dim == (512 if name == "resnet18" else 2048)
+def test_parameter_groups():
+    model = simclr.SimCLR(config())
+    weights, rest = common.parameter_groups(model, 0.3)
+    assert (weights["weight_decay"], weights["adapt"], rest["weight_decay"], rest["adapt"]) == (0.3, True, 0.0, False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    kinds = {id(p): type(m) for m in model.modules() for p in m.parameters(recurse=False)}
+    assert {kinds[id(p)] for p in weights["params"]} == {nn.Conv2d, nn.Linear}
+    assert all(p.ndim == 1 for p in rest["params"])
+    both = {names[id(p)] for p in weights["params"] + rest["params"]}
+    assert both == {name for name, p in model.named_parameters() if p.requires_grad} < set(names.values())
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -261,7 +365,8 @@ def test_lars_against_the_written_rule(inside):
     w = {n: p.detach().clone() for n, p in model.named_parameters()}
     v = {n: torch.zeros_like(p) for n, p in w.items()}
     for step in range(4):
-        lr = optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.3 / (step + 1)
+        lr = 0.3 / (step + 1)
+        common.set_lr(optimizer, lr)
         model.zero_grad()
         model(torch.randn(6, 5, dtype=torch.float64)).square().sum().backward()
         for name, p in model.named_parameters():
@@ -282,61 +387,9 @@ def test_lars_leaves_a_zero_weight_or_gradient_unscaled():
     p.grad = torch.ones(2, 2)
     optimizer.step()
     assert torch.equal(p.detach(), -torch.ones(2, 2))
-
-
-def test_cosine_lr():
-    values = [common.cosine_lr(s, 100, 10, 2.0) for s in range(100)]
-    assert math.isclose(values[0], 0.2) and math.isclose(values[9], 2.0) and math.isclose(values[10], 2.0)
-    assert math.isclose(values[55], 1.0) and 0 < values[99] < 0.01
-    assert values[:10] == sorted(values[:10]) and values[10:] == sorted(values[10:], reverse=True)
-
-
-@pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("micro", [4, 5, 16])
-def test_pieces_give_the_gradient_of_the_whole_batch(micro, views):
-    """Without BN they change nothing, whatever mixes the rows: equal to float64 rounding."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 12), nn.Tanh(), nn.Linear(12, 6)).double()
-    x, w = torch.rand(views, 16, 3, 3, 3, dtype=torch.float64), torch.rand(6, 16 * views, dtype=torch.float64)
-    found = []
-    for size in (0, micro):
-        model.zero_grad()
-        z = common.embed_in_pieces(model, size, *x)
-        (z @ w).logsumexp(0).square().mean().backward()
-        found.append([z, *(p.grad.clone() for p in model.parameters())])
-    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*found, strict=True))
-
-
-def test_pieces_hold_no_graph_and_move_bn_statistics_once():
-    torch.manual_seed(0)
-    model = simclr.SimCLR(simclr.Config(**simclr.Config.PRESETS["demo"]))
-    twin = simclr.SimCLR(simclr.Config(**simclr.Config.PRESETS["demo"]))
-    twin.load_state_dict(model.state_dict())
-    x1, x2 = torch.rand(2, 8, 3, 32, 32)
-    held = []
-
-    def graph(network, micro):
-        kept = 0
-
-        def pack(tensor):
-            nonlocal kept
-            kept += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            z = common.embed_in_pieces(network, micro, x1, x2)
-        held.append(kept)
-        return z
-
-    graph(model, 4).square().sum().backward()
-    graph(model, 0)
-    assert held[0] == x1.nbytes + x2.nbytes < held[1] / 20  # the pieces' pictures alone
-    model.load_state_dict(twin.state_dict())
-    common.embed_in_pieces(model, 4, x1, x2).square().sum().backward()
-    for piece in range(2):
-        twin(torch.cat([x1[4 * piece :][:4], x2[4 * piece :][:4]]))
-    for name, value in twin.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
+    p.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((2, 2), -1.9))  # the momentum alone
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -344,82 +397,241 @@ def test_pieces_hold_no_graph_and_move_bn_statistics_once():
 
 def test_knn_against_a_plain_loop():
     torch.manual_seed(0)
-    bank, queries = torch.randn(50, 6), torch.randn(30, 6)
-    bank_labels, labels = torch.randint(3, (50,)), torch.randint(3, (30,))
-    right = 0
+    bank, queries = torch.randn(50, 6), torch.randn(60, 6)
+    bank_labels, labels = torch.randint(3, (50,)), torch.randint(3, (60,))
+    right = []
     for q, label in zip(queries, labels, strict=True):
         s = torch.cosine_similarity(q[None], bank)
         votes = [0.0] * 3
         for i in s.argsort(descending=True)[:7]:
             votes[bank_labels[i]] += math.exp(s[i].item() / 0.1)
-        right += votes.index(max(votes)) == label
-    assert common.knn_accuracy(bank, bank_labels, queries, labels, k=7) == right / 30
+        right.append(votes.index(max(votes)) == label)
+        assert common.knn_accuracy(bank, bank_labels, q[None], label[None], k=7) == right[-1]
+    assert common.knn_accuracy(bank, bank_labels, queries, labels, k=7) == sum(right) / 60
     assert common.knn_accuracy(bank, bank_labels, bank, bank_labels, k=1) == 1.0
     assert 0 <= common.knn_accuracy(bank, bank_labels, queries, labels, k=200) <= 1  # k is capped
+
+
+def test_the_bank_is_the_labelled_training_images(monkeypatch):
+    """Unlabelled ones have no vote, and of many a part is drawn."""
+    labels, banks = LABELS.clone(), []
+    labels[::2] = -1
+    data = images.from_tensors(PICTURES, labels, CPU)
+    data.test = images.resident(PICTURES[:9], LABELS[:9], CPU)
+    monkeypatch.setattr(common, "knn_accuracy", lambda bank, known, *rest: banks.append(known) or 0.5)
+    common.knn_of(common.pixels, data, config())
+    assert len(banks[-1]) == (data.train.labels >= 0).sum() and (banks[-1] >= 0).all()
+    monkeypatch.setattr(common, "BANK", 10)
+    common.knn_of(common.pixels, data, config())
+    assert len(banks[-1]) == 10 and (banks[-1] >= 0).all()
+    assert common.knn_of(common.pixels, images.from_tensors(PICTURES, None, CPU), config()) is None
+
+
+def test_embed_is_in_eval_mode_and_gives_the_mode_back():
+    model = simclr.SimCLR(config())
+    split = images.resident(*images.make_shapes(600, 0, 16), CPU)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    whole, part = (common.embed(model.backbone, split, config(), i) for i in (None, torch.arange(3)))
+    assert torch.allclose(whole[:3], part, atol=1e-5) and model.backbone.training  # the batch does not matter
+    assert equal(model.state_dict(), before)
+    seen = common.embed(lambda x: x.flatten(1), split, config(), torch.tensor([5, 2]))  # what the network is fed
+    theirs = torchvision.transforms.functional.normalize(
+        split.images[[5, 2]].float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
+    assert torch.allclose(seen, theirs.flatten(1), atol=1e-5)
 
 
 def test_feature_std_and_effective_rank():
     torch.manual_seed(0)
     z = torch.randn(20_000, 16)
-    assert abs(common.feature_std(z).item() - 1 / 4) < 0.002
-    assert abs(common.effective_rank(z) - 16) < 0.1
-    flat = torch.ones(100, 16)
+    assert abs(common.feature_std(z) - 1 / 4) < 0.002 and abs(common.effective_rank(z) - 16) < 0.1
+    assert math.isclose(common.feature_std(7 * z), common.feature_std(z), rel_tol=1e-5)
+    flat, two = torch.ones(100, 16), torch.eye(16)[torch.arange(100) % 2]
     assert common.feature_std(flat) < 1e-6 and abs(common.effective_rank(flat) - 1) < 1e-3
-    two = torch.eye(16)[torch.arange(100) % 2]
     assert abs(common.effective_rank(two) - 2) < 1e-3
+    z = torch.randn(9, 30)  # fewer rows than channels
+    s = torch.linalg.svdvals(F.normalize(z.double(), dim=1))
+    p = s / s.sum()
+    assert math.isclose(common.effective_rank(z), (-(p * p.log()).sum()).exp(), rel_tol=1e-4)
 
 
-def test_embed_is_in_eval_mode_and_gives_the_mode_back():
-    model = simclr.SimCLR(simclr.Config(backbone="resnet8", image_size=32))
-    images, labels = common.make_shapes(600, 0)
-    data = common.whole(images, labels, CPU)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    c = simclr.Config(image_size=32)
-    whole, part = common.embed(model, data, c), common.embed(model, data, c, torch.arange(3))
-    assert torch.allclose(whole[:3], part, atol=1e-5) and model.training  # no image's features depend on the batch
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-def test_likeness_is_the_mean_squared_cosine_of_pairs():
+def test_cos2_is_the_mean_squared_cosine_of_pairs():
     torch.manual_seed(0)
     for n, d in ((7, 4), (4, 7), (64, 256)):
         z = torch.randn(n, d) * torch.rand(n, 1)
         pairs = [F.cosine_similarity(z[i], z[j], dim=0).item() ** 2 for i in range(n) for j in range(n) if i != j]
-        assert math.isclose(common.likeness(z), sum(pairs) / len(pairs), rel_tol=1e-4)
+        assert math.isclose(common.cos2(z), sum(pairs) / len(pairs), rel_tol=1e-4)
     line = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [0.5, 1.0]])  # two opposite points: std is not 0, but this is 1
-    assert math.isclose(common.likeness(line), 1, rel_tol=1e-6) and common.feature_std(line) > 0.5
+    assert math.isclose(common.cos2(line), 1, rel_tol=1e-6) and common.feature_std(line) > 0.5
     dead = torch.zeros(5, 3)
-    assert common.likeness(dead) == 1 and common.effective_rank(dead) == 1
-    assert abs(common.likeness(torch.eye(5))) < 1e-6 and math.isfinite(common.likeness(torch.ones(1, 3)))
+    assert common.cos2(dead) == 1 and common.effective_rank(dead) == 1
+    assert abs(common.cos2(torch.eye(5))) < 1e-6 and math.isfinite(common.cos2(torch.ones(1, 3)))
+
+
+# ------------------------------------------------------------------------------------------------- start and data
+
+
+def test_start_takes_a_tensor_a_pair_or_data(tmp_path):
+    _, alone = common.start(config(tmp_path / "a"), PICTURES)
+    assert len(alone.train) == 110 and alone.test is None and not alone.labelled
+    device, pair = common.start(config(tmp_path / "b"), (PICTURES, LABELS))
+    assert (len(pair.train), len(pair.test), len(pair.classes)) == (100, 10, 10) and pair.labelled
+    _, same = common.start(config(tmp_path / "c"), pair)
+    assert same is pair and device == CPU and (tmp_path / "c").is_dir()
+    assert torch.initial_seed() == 0
+    common.start(config(tmp_path / "d", seed=5), pair)
+    assert torch.initial_seed() == 5
+
+
+# ----------------------------------------------------------------------------------------- a run and its files
+
+
+def test_a_run_and_its_files(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    metrics = train(tmp_path, epochs=3, knn_every=2)
+    out = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert list(rows[0]) == ["epoch", "loss", "lr", "feature_std", "effective_rank", "knn_top1", "images_per_second"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [bool(row["knn_top1"]) for row in rows] == [False, True, True]  # every second, and the last
+    assert all(float(value) >= 0 for row in rows for key, value in row.items() if key != "knn_top1")
+    for key, value in rows[-1].items():
+        assert math.isclose(metrics[key], float(value), rel_tol=1e-5)
+
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state.keys() == {"method", "config", "parts", "kinds", "progress", "steps", "rng"}
+    assert state["parts"].keys() == state["kinds"].keys() == {"model", "optimizer", "scaler"}
+    assert (state["method"], state["steps"], state["progress"]["step"]) == ("simclr", 3, 9)
+    assert json.loads((tmp_path / "config.json").read_text())["preset"] == "demo"
+    backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    simclr.SimCLR(config()).backbone.load_state_dict(backbone)
+    assert all(torch.equal(state["parts"]["model"]["backbone." + name], value) for name, value in backbone.items())
+    assert Image.open(tmp_path / "views.png").width > 8 * 90  # eight small pictures, enlarged
+    assert Image.open(tmp_path / "curves.png").size[0] == round(4 * 3.5 * 110)
+
+    for words in (
+        "preset demo, 3 epochs of batch 30",
+        "100 images, 10 held out",
+        "10 classes: 0, 1",
+        "3 an epoch, 9 in all",
+    ):
+        assert words in out
+    for name in ("raw pixels", "h, untrained backbone", "h, trained backbone", "g(h), trained"):
+        assert re.search(rf"^  {re.escape(name)} +{metrics[f'knn {name}']:.3f}$", out, re.M)
+    assert metrics["knn h, trained backbone"] == metrics["knn_top1"]
+    assert f"next: python linear_eval.py {tmp_path}\n" in out
+    assert not list(tmp_path.glob("*.part")) and not (tmp_path / "checkpoint.previous.pt").exists()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    train(tmp_path)
+    assert (
+        tmp_path / "checkpoint.previous.pt"
+    ).read_bytes() == before and "its checkpoint is kept" in capsys.readouterr().out
+
+
+def test_without_labels(tmp_path, capsys, no_curves):
+    metrics = train(tmp_path, PICTURES, knn_every=1)
+    assert metrics["knn_top1"] is None and not any(name.startswith("knn h") for name in metrics)
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].split(",")[5] == ""
+    out = capsys.readouterr().out
+    assert "110 images, none held out; no labels" in out and "--data LABELLED_IMAGES" in out
+
+
+def test_the_header_fits_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    a_run(tmp_path).header(loss="a word " * 40)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 8 and all(len(line) <= 80 for line in lines[1:])
+
+
+def test_progress_is_a_line_in_a_terminal_and_a_line_an_epoch_in_a_file(tmp_path, capsys, monkeypatch, no_curves):
+    monkeypatch.setenv("COLUMNS", "80")
+    train(tmp_path)
+    out = capsys.readouterr().out
+    assert "\r" not in out and "min left" not in out
+    assert len(re.findall(r"^epoch +[12]/2  loss \d.*images/s$", out, re.M)) == out.count("epoch  ") == 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    train(tmp_path)
+    shown = re.findall(r"\r\x1b\[K(epoch \d/2 3/3 [^\r\n]*)", capsys.readouterr().out)
+    assert len(shown) == 2 and all(len(line) < 80 for line in shown)
+    assert all(re.search(r"min left loss \d.* std \d+% rank [\d.]+ [\d,]+ img/s$", line) for line in shown)
+
+
+@pytest.mark.parametrize("minutes, steps", [(1e-9, [1, 2, 3, 4, 5, 6]), (0.0, [3, 6]), (10.0, [3, 6])])
+def test_save_minutes(minutes, steps, tmp_path, monkeypatch, no_curves):
+    written, save = [], common.Run.save
+    monkeypatch.setattr(common.Run, "save", lambda run: written.append(run.step) or save(run))
+    train(tmp_path, save_minutes=minutes)
+    assert written == steps
+
+
+def test_every_epoch_sees_every_image_once_in_an_order_of_its_own(tmp_path):
+    run = a_run(tmp_path)
+    orders = []
+    for _ in range(2):
+        batches = [index for index, _ in run.batches(views=1, scale=(0.5, 1.0))]
+        assert [len(index) for index in batches] == [30] * 3
+        orders.append(torch.cat(batches))
+        run.progress["step"] += 3
+    assert all(len(order.unique()) == 90 for order in orders) and not torch.equal(*orders)
+    run.progress["step"] = 4  # the second of the second epoch
+    rest = torch.cat([index for index, _ in run.batches(views=1, scale=(0.5, 1.0))])
+    assert torch.equal(rest, orders[1][30:])
 
 
 @pytest.mark.parametrize(
     "z, settled, collapsed",
     [
-        (torch.ones(8, 128), 2, True),
-        (torch.ones(8, 128) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], 2, True),
-        (torch.eye(8, 128), 2, False),
-        (torch.ones(4, 128), 2, False),
-        (torch.ones(8, 128), 3, False),
+        (torch.ones(8, 8), 3, True),
+        (torch.ones(8, 8) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None], 3, True),
+        (torch.eye(8, 8), 3, False),
+        (torch.ones(4, 8), 3, False),
+        (torch.ones(8, 8), 4, False),
     ],
     ids=["a point", "a line", "healthy", "few rows", "early"],
 )
-def test_collapse_is_named(z, settled, collapsed, tmp_path, capsys, monkeypatch):
+def test_a_collapse_is_told_once_and_names_cos2(z, settled, collapsed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common.Run, "SETTLED", settled)
-    c = simclr.Config(
-        data="shapes", backbone="resnet8", image_size=32, epochs=1, batch_size=4, out=str(tmp_path), knn_every=0
-    )
-    images, labels = common.make_shapes(8, 0)
-    data = common.Data("x", common.whole(images, labels, CPU), None, [], [])
-    run = common.Run(c, data, CPU, model=simclr.SimCLR(c))
-    for _ in run.batches(2, None):
-        run.after_step(torch.tensor(1.0), z, 0.1, images[:2].float(), images[:2].float())
-    run.after_epoch(lambda: None, "look at --lr")
-    assert ("collapsed to a point or a line (mean squared cosine" in (out := capsys.readouterr().out)) == collapsed
-    assert (": look at --lr" in out) == collapsed
+    run, view = a_run(tmp_path), torch.zeros(2, 3, 16, 16)
+    for epoch in (1, 2):
+        for _ in run.batches(views=1, scale=(0.5, 1.0)):
+            run.log(torch.tensor(1.0), z, view)
+        run.end_epoch()
+        assert ("warning: the output has collapsed" in (out := capsys.readouterr().out)) == (collapsed and epoch == 1)
+        assert ("cos2, the mean squared cosine of two images, is 1.000; 0.125 when spread out" in out) == (
+            collapsed and epoch == 1
+        )
+        run.warned |= not collapsed  # 6 steps would be settled
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoint
+@pytest.mark.parametrize("rows", [[], [[1, 2.0, 0.1, 0.3, 9.0, None, 5.0]]])
+def test_curves_of_any_length(rows, tmp_path):
+    """None after Ctrl-C in the first epoch; without labels, no panel for kNN."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run = a_run(tmp_path)
+    run.progress["rows"] = rows
+    run.curves()
+    assert (tmp_path / "curves.png").exists() == bool(rows)
+    assert not rows or Image.open(tmp_path / "curves.png").width == round(3 * 3.5 * 110)
+
+
+def test_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = a_run(tmp_path)
+    run.progress["rows"] = [[1, 1.0, 0.1, 0.1, 3.0, None, 5.0]]
+    run.curves()
+    assert capsys.readouterr().out == "no curves.png: matplotlib is not installed (pip install matplotlib)\n"
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("given", [{"amp": "bf16"}, pytest.param({"compile": True}, marks=pytest.mark.slow)])
+def test_a_run_in_mixed_precision_or_compiled(given, tmp_path, no_curves):
+    plain, other = (train(tmp_path, epochs=1, **flags)["loss"] for flags in ({}, given))
+    assert math.isclose(plain, other, rel_tol=0.1)
+    assert all(value.dtype != torch.bfloat16 for value in saved(tmp_path).values())
+    simclr.SimCLR(config()).load_state_dict(saved(tmp_path))  # the same names
+
+
+# -------------------------------------------------------------------------------------- files, whole and read back
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -431,20 +643,177 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
-@pytest.mark.parametrize("rows", [[], [[1, 2.0, 0.1, 0.3, 9.0, None, 5.0]]])
-def test_curves_of_any_length(rows, tmp_path):
-    """None after Ctrl-C in the first epoch; without labels, no panel for kNN."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    run = common.Run.__new__(common.Run)
-    run.out, run.rows, run.dim = tmp_path, rows, 4
-    run.curves()
-    assert (tmp_path / "curves.png").exists() == bool(rows)
-    assert not rows or Image.open(tmp_path / "curves.png").width == 3 * 3.5 * 110
+def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    """kill -9 between any two of its steps leaves the one or the other."""
+    path, steps, replace, fsync = tmp_path / "x.txt", [], os.replace, os.fsync
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda number: steps.append(path.read_text()) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda a, b: steps.append(Path(a).read_text()) or replace(a, b))
+    common.save_whole("new", path)
+    assert steps == ["old", "new"] and path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_curves_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    run = common.Run.__new__(common.Run)
-    run.out, run.rows, run.dim = Path(tmp_path), [[1, 1.0, 0.1, 0.1, 3.0, None, 5.0]], 4
-    run.curves()
-    assert capsys.readouterr().out.count("\n") == 1 and not list(tmp_path.iterdir())
+def test_load_run(tmp_path, no_curves):
+    train(tmp_path / "run", projection_head="linear")
+    c, model = common.load_run(tmp_path / "run")
+    assert isinstance(model, simclr.SimCLR) and dataclasses.asdict(c)["projection_head"] == "linear"
+    assert c == config(tmp_path / "run", projection_head="linear") and equal(
+        model.state_dict(), saved(tmp_path / "run")
+    )
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    for change, words in (
+        ({"method": "os"}, "a run of os; put os.py beside common.py"),
+        ({"method": "../simclr"}, "put ../simclr.py beside"),
+        ({"kinds": {"model": "Nothing"}}, "is not a whole checkpoint of simclr"),
+        ({"config": {"unknown": 1}}, "is not a whole checkpoint of simclr"),
+        ({"parts": {"model": {}}}, "is not a whole checkpoint of simclr"),
+    ):
+        torch.save(state | change, tmp_path / "checkpoint.pt")
+        with pytest.raises(common.InputError, match=re.escape(words)):
+            common.load_run(tmp_path)
+    with pytest.raises(common.InputError, match="no checkpoint .*train first"):
+        common.load_run(tmp_path / "nowhere")
+
+
+# -------------------------------------------------------------------------------------------------------- resume
+
+
+def interrupted(number, step, monkeypatch, **given):
+    """Train, with this signal sent in the middle of a step."""
+    with monkeypatch.context() as patch:
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {n: signal.signal(n, handler) for n, handler in usual.items()}
+        calls, cross_entropy = [], F.cross_entropy
+
+        def loss(*rest, **named):
+            calls.append(1)
+            if len(calls) == step:
+                os.kill(os.getpid(), number)
+            return cross_entropy(*rest, **named)
+
+        patch.setattr(F, "cross_entropy", loss)
+        try:
+            with pytest.raises(SystemExit) as end, common.exit_status():
+                train(**given, loss_backend="naive")
+            assert {n: signal.getsignal(n) for n in usual} == usual
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+    return end.value.code
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [2, 5, 6])
+def test_a_signal_saves_at_the_end_of_its_step_and_resume_is_exact(
+    number, status, step, tmp_path, capsys, monkeypatch, no_curves
+):
+    """Within the first epoch, within the second, and at the end of one; with the optimiser and the log."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(whole, epochs=3, knn_every=1, loss_backend="naive")
+    assert interrupted(number, step, monkeypatch, out=cut, epochs=3, knn_every=1) == status
+    err = capsys.readouterr().err
+    assert err == f"stopped after step {step} of 9; {cut}/checkpoint.pt is saved, --resume continues from there\n"
+    assert saved(cut, "progress")["step"] == step
+    torch.manual_seed(99)
+    c = common.parse_args(simclr.Config, ["--resume", "--out", str(cut)])  # all flags come from the run's config.json
+    simclr.train(c, (PICTURES, LABELS))
+    assert same_run(whole, cut)
+    rows = [[row[:6] for row in csv.reader((folder / "log.csv").open())] for folder in (whole, cut)]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+    simclr.train(c, (PICTURES, LABELS))  # a finished run has nothing left to do
+    assert same_run(whole, cut)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run = a_run(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in run.epochs():
+                signal.raise_signal(signal.SIGINT)
+                assert run.signal == signal.SIGINT
+                signal.raise_signal(signal.SIGINT)
+                break
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+KILLED = """
+import multiprocessing, os, runpy, sys, time
+import common
+from signal import SIGINT, default_int_handler, signal as handle
+handle(SIGINT, default_int_handler)  # which the background job of a shell does not have
+
+number, step, start = sys.argv[1:4]
+sys.argv[:4] = ["simclr.py"]
+log = common.Run.log
+
+def killed(run, *rest):
+    if run.step == int(step):
+        os.killpg(0, int(number))  # as a terminal does: this process and its workers
+        time.sleep(1)
+    log(run, *rest)
+
+common.Run.log = killed
+multiprocessing.set_start_method(start)
+runpy.run_path("simclr.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "how, resident_gb, start",
+    [
+        (signal.SIGKILL, 4, "fork"),
+        pytest.param(signal.SIGKILL, 0, "fork", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0, "fork", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 0, "fork", marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGINT, 0, "spawn", marks=pytest.mark.slow
+        ),  # of macOS; Python 3.14 has forkserver, as bare
+    ],
+)
+def test_a_killed_process_resumes_bit_for_bit(how, resident_gb, start, photos, tmp_path, no_curves):
+    """In the middle of an epoch of 6 steps, with images in memory or streamed by a worker process. kill -9 loses the
+    steps since the last checkpoint, here one."""
+    flags = (
+        f"--preset demo --data {photos} --epochs 2 --batch-size 32 --knn-every 0 --resident-gb {resident_gb}".split()
+    )
+    flags += [
+        "--workers",
+        "1",
+        "--image-size",
+        "16",
+        "--hidden-dim",
+        "32",
+        "--save-minutes",
+        "1e-9" if how == signal.SIGKILL else "0",
+    ]
+    simclr.train(common.parse_args(simclr.Config, [*flags, "--out", str(tmp_path / "whole")]))
+    killed = ["-c", KILLED, int(how), 8, start, *flags, "--out", tmp_path / "cut"]
+    done = python(*killed, timeout=120, start_new_session=True)
+    assert done.returncode == (-9 if how == signal.SIGKILL else 128 + how), done.stderr
+    assert len(done.stderr.split("\n")) == (1 if how == signal.SIGKILL else 2), done.stderr
+    assert saved(tmp_path / "cut", "progress")["step"] == (8 if how == signal.SIGKILL else 9)
+    simclr.train(common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path / "cut")]))
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_before_the_first_checkpoint_starts_anew(tmp_path, capsys, no_curves):
+    a_run(tmp_path / "cut")  # killed in its first epoch
+    train(tmp_path / "cut", resume=True)
+    assert "no checkpoint was written yet: starting from the beginning" in capsys.readouterr().out
+    train(tmp_path / "whole")
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_takes_new_settings_of_the_optimiser(tmp_path):
+    a_run(tmp_path, weight_decay=0.1).save()
+    run = a_run(tmp_path, weight_decay=0.2, resume=True)
+    assert [group["weight_decay"] for group in run.parts["optimizer"].param_groups] == [0.2, 0.0]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.4, 1.0, 2.5])
+def test_a_warm_up_of_part_of_a_step_never_passes_the_peak(warmup):
+    rates = [common.cosine_lr(k, 8, warmup, 0.2) for k in range(8)]
+    assert min(rates) > 0 and max(rates) <= 0.2 and rates[-1] < 0.05

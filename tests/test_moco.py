@@ -1,7 +1,6 @@
-"""The queue, the momentum encoder, the three mechanisms, shuffling BN, and whole runs."""
+"""The loss, the queue, the key encoder, the three mechanisms, shuffling BN, and whole runs."""
 
 import collections
-import csv
 import math
 
 import pytest
@@ -10,13 +9,27 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import linear_eval
+import kernels
 import moco
-from tests.helpers import equal, refusal, resumes_bit_for_bit, saved, trains_in_pieces
+from tests.helpers import (
+    WARM_UP_AND_COSINE,
+    equal,
+    follows_the_schedule,
+    moved_by,
+    one_step,
+    recipe,
+    refusal,
+    resumes_bit_for_bit,
+    saved,
+    trains_in_pieces,
+)
+
+SMALL = {"image_size": 16, "projection_dim": 16, "queue_size": 90, "bn_splits": 2, "momentum": 0.9}
+TINY = SMALL | {"epochs": 1, "batch_size": 64, "knn_every": 0, "warmup_epochs": 0.0}
 
 
 def config(**given):
-    return moco.Config(**moco.Config.PRESETS["demo"] | {"preset": "demo", "hidden_dim": 32} | given)
+    return moco.Config.preset("demo", **SMALL | given)
 
 
 def unit(*shape):
@@ -37,8 +50,7 @@ def test_info_nce_is_equation_1(n, k, tau):
         total = total - torch.log(positive / (positive + sum(torch.exp(torch.dot(q[i], c) / tau) for c in queue)))
     ours = moco.info_nce(q, keys, queue, tau)
     assert torch.allclose(ours, total / n, rtol=1e-12)
-    # the loss sees directions only: any norm of q gives the same value
-    assert torch.allclose(moco.info_nce(3 * q, 5 * keys, 0.1 * queue, tau), ours, rtol=1e-12)
+    assert torch.allclose(moco.info_nce(3 * q, 5 * keys, 0.1 * queue, tau), ours, rtol=1e-12)  # directions alone
 
 
 def test_info_nce_closed_forms():
@@ -46,6 +58,16 @@ def test_info_nce_closed_forms():
     assert math.isclose(moco.info_nce(same, same, same.repeat(5, 1), 0.2).item(), math.log(21))
     eye = torch.eye(8, dtype=torch.float64)  # positives at cosine 1, the queue's keys at 0
     assert math.isclose(moco.info_nce(eye[:3], eye[:3], eye[3:], 0.5).item(), math.log(math.exp(2) + 5) - 2)
+
+
+@pytest.mark.parametrize("tau", [1e-4, 0.01, 100.0])
+def test_info_nce_is_finite_at_any_temperature(tau):
+    torch.manual_seed(0)
+    q, k, queue = torch.randn(16, 8, requires_grad=True), torch.randn(16, 8), torch.randn(40, 8)
+    loss = moco.info_nce(q, k, queue, tau)
+    loss.backward()
+    assert torch.isfinite(q.grad).all()
+    assert abs(loss.item() - moco.info_nce(q.double(), k.double(), queue.double(), tau).item()) <= 1e-4 * max(1, loss)
 
 
 def test_a_queue_of_the_other_keys_of_the_batch_is_end_to_end():
@@ -64,25 +86,73 @@ def test_no_gradient_reaches_keys_or_queue_but_end_to_end_reaches_its_keys():
     assert k.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("mechanism", ["queue", "end-to-end"])
-@pytest.mark.parametrize("n, k", [(1, 3), (8, 8), (33, 700)])
-def test_naive_and_fused_losses_agree(mechanism, n, k):
-    pytest.importorskip("kernels")
-    torch.manual_seed(0)
-    given = (n, 20) if mechanism == "end-to-end" else (k, 20)
-    start = [torch.randn(n, 20, dtype=torch.float64), torch.randn(n, 20, dtype=torch.float64)]
-    start += [torch.randn(given, dtype=torch.float64)] if mechanism == "queue" else []
-    found = []
-    for backend in ("naive", "blocked"):
-        c = config(mechanism=mechanism, batch_size=max(n, 2), queue_size=k, loss_backend=backend, temperature=0.1)
-        inputs = [x.clone().requires_grad_() for x in start]
-        loss_of, name = moco.choose_loss(c, torch.device("cpu"))
-        assert name == backend
-        loss = loss_of(*inputs)
-        loss.backward()
-        found.append([loss.detach(), *(torch.zeros(()) if x.grad is None else x.grad for x in inputs)])
-    for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-13)
+# -------------------------------------------------------------------------------------------------------- a step
+
+
+def by_hand(start, negatives, x_q, x_k, tau=0.3, mechanism="queue"):
+    """Equation 1 of figure 2's three dictionaries, written out, with the keys that follow from it."""
+    model = start["model"]
+    q, k = (F.normalize(model.projector(model.backbone(x)), dim=1) for x in (x_q, x_k))
+    if mechanism == "queue":
+        k, negatives = F.normalize(model.key_encoder(x_k), dim=1).detach(), model.queue
+    if mechanism == "memory-bank":
+        k = start["bank"].vectors[start["index"]]
+    positive = torch.exp((q * k).sum(1) / tau)
+    if mechanism == "end-to-end":
+        others = torch.exp(q @ k.T / tau).sum(1) - positive
+    else:
+        others = torch.exp(q @ negatives.T / tau).sum(1)
+    return -torch.log(positive / (positive + others)).mean(), q, k
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"loss_backend": "naive"},
+        {"loss_backend": "blocked"},
+        {"loss_backend": "blocked", "symmetric": True},
+        {"mechanism": "end-to-end"},  # here the gradient reaches the keys' encoder
+        {"mechanism": "end-to-end", "symmetric": True},
+        {"mechanism": "memory-bank", "loss_backend": "naive"},
+        {"mechanism": "memory-bank", "loss_backend": "blocked"},
+    ],
+    ids=lambda f: "-".join(map(str, f.values())),
+)
+def test_a_step_is_sgd_on_equation_1(flags, few_shapes, tmp_path, monkeypatch):
+    """Of the method's file or of kernels/, with weight decay on everything; then the keys go into the dictionary."""
+    used, drawn, fused, sample = [], [], kernels.info_nce, moco.MemoryBank.sample
+    monkeypatch.setattr(kernels, "info_nce", lambda *a, **k: used.append(k["backend"]) or fused(*a, **k))
+    monkeypatch.setattr(moco.MemoryBank, "sample", lambda *a: drawn.append(sample(*a)) or drawn[-1])
+    mechanism, symmetric = flags.get("mechanism", "queue"), flags.get("symmetric", False)
+    n = 150 if mechanism == "memory-bank" else 200  # a bank needs images that are not in the batch
+    given = {"batch_size": n, "lr": 0.3, "temperature": 0.3, "bn_splits": 1, "queue_size": 450, "bank_momentum": 0.8}
+    given["shuffle_bn"] = False  # one group: another order of its rows is other rounding alone
+    metrics, start, views = one_step(moco, SMALL | given | flags, tmp_path, monkeypatch)
+    assert used == ["blocked"] * (1 + symmetric) * (flags.get("loss_backend") == "blocked")
+    bank = copy_of(start["bank"].vectors) if drawn else None
+    queue = copy_of(start["model"].queue) if mechanism == "queue" else None
+
+    loss, q, k = by_hand(start, *drawn or [None], *views, mechanism=mechanism)
+    keys = [k]
+    if symmetric:
+        other, _, other_k = by_hand(start, None, *views[::-1], mechanism=mechanism)
+        loss, keys = loss + other, [other_k, k]
+    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-5)
+    after = saved(tmp_path)
+    moved_by(loss, start["model"], after, 0.3, lambda p: 0.1)
+
+    if mechanism == "queue":
+        rows = len(keys) * n
+        assert after["pointer"] == rows and torch.equal(after["queue"][rows:], queue[rows:])
+        assert torch.allclose(after["queue"][:rows], torch.cat(keys), atol=1e-5)
+    if mechanism == "memory-bank":
+        assert drawn[0].shape == (450, 16)
+        bank[start["index"]] = F.normalize(0.8 * bank[start["index"]] + 0.2 * q.detach(), dim=1)
+        assert torch.allclose(saved(tmp_path, "bank")["vectors"], bank, atol=1e-5)
+
+
+def copy_of(x):
+    return x.detach().clone()
 
 
 # ------------------------------------------------------------------------------------------- queue and encoders
@@ -94,6 +164,7 @@ def test_the_queue_is_a_fifo(size, batches):
     torch.manual_seed(0)
     model = moco.MoCo(config(queue_size=size, projection_dim=4))
     expected = collections.deque(model.queue.clone(), maxlen=size)
+    assert model.queue.shape == (size, 4) and torch.allclose(model.queue.norm(dim=1), torch.ones(size))
     for n in batches:
         k = F.normalize(torch.randn(n, 4), dim=1)
         model.enqueue(3 * k)
@@ -112,7 +183,7 @@ def test_the_key_encoder_moves_by_equation_2_on_parameters_only(m):
             p.add_(torch.randn_like(p))
         for b in model.backbone.buffers():
             b.add_(1)
-    query = {**prefixed(model.backbone, "0."), **prefixed(model.projector, "1.")}
+    query = nn.Sequential(model.backbone, model.projector).state_dict()
     before = {name: p.clone() for name, p in model.key_encoder.state_dict().items()}
     model.update_key_encoder()
     parameters = dict(model.key_encoder.named_parameters())
@@ -125,64 +196,42 @@ def test_the_key_encoder_moves_by_equation_2_on_parameters_only(m):
             assert torch.equal(value, before[name]), name  # buffers are the key network's own
 
 
-def prefixed(module, prefix):
-    return {prefix + name: value for name, value in module.state_dict().items()}
+@pytest.mark.parametrize("given", [{}, {"symmetric": True}, {"momentum": 0.0}, {"momentum": 1.0}], ids=str)
+def test_the_key_encoder_moves_before_the_keys_and_they_are_queued_after_the_step(
+    given, few_shapes, tmp_path, monkeypatch
+):
+    """Over three steps: f_k, in train mode and without a gradient, has moved once toward the f_q of this step."""
+    m, ks, expected, encode, enqueue = given.get("momentum", 0.9), [], [], moco.encode, moco.MoCo.enqueue
+    losses, step, events = moco.info_nce, torch.optim.SGD.step, []
 
+    def spy(network, x, c, shuffle=False):
+        key = not next(network.parameters()).requires_grad
+        assert network[0].training and network[1].training and torch.is_grad_enabled() != key
+        events.append("k" if key else "q")
+        if key:
+            ks.append([copy_of(p) for p in network.parameters()])
+        else:
+            expected.append([copy_of(p) for p in network.parameters()])
+        return encode(network, x, c, shuffle)
 
-def test_the_order_of_a_step(few_shapes, tmp_path, monkeypatch):
-    """The key encoder moves before it encodes, in train mode; keys enter the queue after the loss, once a step."""
-    events = []
-
-    def spy(owner, name, note=lambda *a: None):
-        original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: (events.append((name, note(*a))), original(*a, **k))[1])
-
-    spy(moco.MoCo, "update_key_encoder")
-    spy(moco.MoCo, "enqueue", lambda model, k: len(k))
-    spy(moco, "encode", lambda network, *rest: (type(network).__name__, network.training, torch.is_grad_enabled()))
-    spy(moco, "info_nce")
-    moco.train(config(epochs=1, batch_size=64, knn_every=0, loss_backend="naive", out=str(tmp_path)))
-    assert len(events) == 3 * 5  # 200 images: three steps of five events
-    for step in (events[:5], events[5:10], events[10:]):
-        assert step == [
-            ("update_key_encoder", None),
-            ("encode", ("MoCo", True, True)),
-            ("encode", ("Sequential", True, False)),
-            ("info_nce", None),
-            ("enqueue", 64),
-        ]
-
-
-def test_a_symmetric_step_is_both_directions_with_one_update(few_shapes, tmp_path, monkeypatch):
-    seen, updates = [], []
-    original, update = moco.contrast, moco.MoCo.update_key_encoder
-
-    def spy(model, bank, x_q, x_k, *rest):
-        out = original(model, bank, x_q, x_k, *rest)
-        seen.append((x_q, x_k, out, model.queue.clone()))
-        return out
-
-    monkeypatch.setattr(moco, "contrast", spy)
-    monkeypatch.setattr(moco.MoCo, "update_key_encoder", lambda self: (updates.append(1), update(self)))
-    c = config(epochs=1, batch_size=200, queue_size=450, knn_every=0, symmetric=True, bn_splits=1, out=str(tmp_path))
-    metrics = moco.train(c)
-    (a, b, first, queue), (b2, a2, second, same_queue) = seen
-    assert len(updates) == 1 and torch.equal(queue, same_queue)
-    assert torch.equal(a, a2) and torch.equal(b, b2) and not torch.equal(a, b)
-    assert math.isclose(metrics["loss"], float(first[0].detach() + second[0].detach()), rel_tol=1e-6)
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    assert saved["pointer"] == 400
-    assert torch.allclose(saved["queue"][:400], F.normalize(torch.cat([second[2], first[2]]), dim=1), atol=1e-6)
+    monkeypatch.setattr(moco, "encode", spy)
+    monkeypatch.setattr(moco, "info_nce", lambda *a: events.append("loss") or losses(*a))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: events.append("step") or step(*a, **k))
+    monkeypatch.setattr(moco.MoCo, "enqueue", lambda self, k: events.append(len(k)) or enqueue(self, k))
+    moco.train(config(**TINY | given, loss_backend="naive", out=str(tmp_path)))
+    passes = 1 + given.get("symmetric", False)
+    assert events == 3 * (passes * ["q", "k", "loss"] + ["step", passes * 64])
+    theta_k = expected[0]  # f_k starts as f_q
+    for step in range(0, 3 * passes, passes):
+        theta_k = [m * old + (1 - m) * new for old, new in zip(theta_k, expected[step], strict=True)]
+        for found in ks[step : step + passes]:
+            assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(found, theta_k, strict=True))
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(expected[0], expected[-1], strict=True))  # f_q moved
 
 
 def test_the_key_network_has_statistics_of_its_own(few_shapes, tmp_path):
-    torch.manual_seed(0)
-    model = moco.MoCo(config())
-    assert all(torch.equal(a, b) for a, b in zip(model.backbone.parameters(), model.key_encoder[0].parameters()))  # noqa: B905
-    assert not any(p.requires_grad for p in model.key_encoder.parameters())
-    moco.train(config(epochs=1, batch_size=64, knn_every=0, out=str(tmp_path)))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    ours, theirs = (state[prefix + "bn1.running_mean"] for prefix in ("backbone.", "key_encoder.0."))
+    moco.train(config(**TINY, out=str(tmp_path)))
+    ours, theirs = (saved(tmp_path)[prefix + "bn1.running_mean"] for prefix in ("backbone.", "key_encoder.0."))
     assert theirs.abs().sum() > 0 and not torch.equal(ours, theirs)
 
 
@@ -222,16 +271,14 @@ def test_groups_have_statistics_of_their_own_and_shuffling_mixes_them():
     assert torch.equal(moco.encode(GroupMean(), x, config(bn_splits=1)), GroupMean()(x))
 
 
-@pytest.mark.parametrize("given, shuffled", [({}, True), ({"shuffle_bn": False}, False), ({"bn_splits": 1}, False)])
-def test_only_keys_are_shuffled(given, shuffled, monkeypatch):
+@pytest.mark.parametrize("mechanism", ["queue", "end-to-end", "memory-bank"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_only_keys_are_shuffled(mechanism, shuffle, monkeypatch):
     asked = []
     monkeypatch.setattr(moco, "encode", lambda network, x, c, s=False: asked.append(s) or x.flatten(1))
-    x, c = torch.rand(4, 3, 2, 2), config(**given)
-    for mechanism in ("queue", "end-to-end"):
-        c.mechanism = mechanism
-        model = moco.MoCo(config(projection_dim=12))
-        moco.contrast(model, None, x, x, torch.arange(4), c, lambda *a: 0)
-    assert asked == [False, shuffled] * 2
+    model = moco.MoCo(config(mechanism=mechanism, shuffle_bn=shuffle))
+    model(*torch.rand(2, 4, 3, 2, 2))
+    assert asked == ([False] if mechanism == "memory-bank" else [False, shuffle])
 
 
 def test_running_statistics_move_as_far_as_those_of_one_bn():
@@ -240,9 +287,10 @@ def test_running_statistics_move_as_far_as_those_of_one_bn():
     means = []
     for splits in (1, 2):
         torch.manual_seed(1)
-        model = moco.MoCo(config(bn_splits=splits))
+        c = config(bn_splits=splits)
+        model = moco.MoCo(c)
         for _ in range(3):
-            moco.encode(model, x, config(bn_splits=splits))
+            moco.encode(model.backbone, x, c)
         means.append(model.backbone.bn1.running_mean)
     assert torch.allclose(*means, rtol=0.05)
 
@@ -256,7 +304,7 @@ def test_the_bank_draws_every_image_but_the_given_ones():
     for index in ([0], [8], [3, 1, 8], [0, 1, 2, 3, 4, 5, 6, 7]):
         drawn = bank.sample(torch.tensor(index), 2000)
         rows = {int((bank.vectors == row).all(1).nonzero()) for row in drawn.unique(dim=0)}
-        assert rows == set(range(9)) - set(index)
+        assert len(drawn) == 2000 and rows == set(range(9)) - set(index)
         counts = drawn.unique(dim=0, return_counts=True)[1]
         assert counts.max() < 1.4 * 2000 / len(rows)  # evenly
 
@@ -271,84 +319,84 @@ def test_the_bank_moves_the_vectors_of_the_batch_only():
     assert torch.equal(bank.vectors[[0, 2, 3, 5]], old[[0, 2, 3, 5]])
 
 
-def test_the_flag_reaches_the_bank_and_the_loss_sees_the_precision_of_amp(few_shapes, tmp_path, monkeypatch):
-    seen, update, contrast = [], moco.MemoryBank.update, moco.contrast
-    monkeypatch.setattr(moco.MemoryBank, "update", lambda *a: (seen.append(a[3]), update(*a))[1])
-
-    def spy(*arguments):
-        loss_of = arguments[-1]
-        return contrast(*arguments[:-1], lambda q, *rest: (seen.append(q.dtype), loss_of(q, *rest))[1])
-
-    monkeypatch.setattr(moco, "contrast", spy)
-    given = {"mechanism": "memory-bank", "bank_momentum": 0.8, "amp": "bf16", "queue_size": 64, "batch_size": 100}
-    moco.train(config(epochs=1, knn_every=0, out=str(tmp_path), **given))
-    assert seen == [torch.bfloat16, 0.8] * 2
-
-
 # ------------------------------------------------------------------------------------------- versions and recipe
 
 
-def test_defaults_are_the_papers_and_versions_select_the_recipe():
-    v1, v2 = moco.Config(version=1), moco.Config()
-    for c in (v1, v2):
-        assert (c.queue_size, c.momentum, c.lr, c.batch_size, c.epochs) == (65536, 0.999, 0.03, 256, 200)
-        assert (c.weight_decay, c.projection_dim, c.crop_min_scale, c.symmetric) == (1e-4, 128, 0.2, False)
-    assert (v1.temperature, v1.projection_head, v1.augment, v1.schedule) == (0.07, "linear", "v1", "steps")
-    assert (v2.temperature, v2.projection_head, v2.augment, v2.schedule) == (0.2, "mlp", "v2", "cosine")
-    by_hand = moco.Config(version=1, temperature=0.3, schedule="cosine")
-    assert (by_hand.temperature, by_hand.schedule, by_hand.projection_head) == (0.3, "cosine", "linear")
-    parse = lambda *a: common.parse_args(moco.Config, a)  # noqa: E731
-    assert parse("--version", "1").temperature == 0.07 and parse("--version", "1").preset == "demo"
-    cifar = parse("--data", "cifar10")
-    assert (cifar.queue_size, cifar.momentum, cifar.temperature, cifar.lr) == (4096, 0.99, 0.1, 0.06)
+V2 = {
+    **{"epochs": 200, "batch_size": 256, "lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0.0},
+    **{"mechanism": "queue", "symmetric": False, "momentum": 0.999, "queue_size": 65536, "temperature": 0.2},
+    **{"bn_splits": 8, "shuffle_bn": True, "projection_head": "mlp", "hidden_dim": 0, "projection_dim": 128},
+    **{"augmentation": "v2", "crop_min_scale": 0.2, "blur": 0.5, "schedule": "cosine"},
+    **{"backbone": "resnet50", "image_size": 224, "stem": "imagenet"},
+}
+V1 = V2 | {"temperature": 0.07, "projection_head": "linear", "augmentation": "v1", "blur": 0.0, "schedule": "steps"}
+CIFAR = V2 | {
+    **{"data": "cifar10", "backbone": "resnet18", "image_size": 32, "stem": "cifar", "batch_size": 512, "lr": 0.06},
+    **{"weight_decay": 5e-4, "momentum": 0.99, "queue_size": 4096, "temperature": 0.1, "projection_head": "linear"},
+    **{"crop_min_scale": 0.08, "blur": 0.0},
+}
+
+
+@pytest.mark.parametrize("preset, published", [("paper", V2), ("paper-v1", V1), ("cifar", CIFAR)])
+def test_presets_are_as_published(preset, published):
+    c = moco.Config.preset(preset)
+    assert {name: getattr(c, name) for name in published} == published
 
 
 def test_the_schedules():
-    c = moco.Config(version=1, epochs=200)
-    assert [round(c.lr_at(epoch * 10, 2000, 0), 6) for epoch in (0, 119, 120, 159, 160, 199)] == [
-        *[0.03, 0.03],
-        *[0.003, 0.003],
-        *[0.0003, 0.0003],
-    ]
-    v2 = moco.Config()
-    assert [round(v2.lr_at(s, 100, 0), 6) for s in (0, 50)] == [0.03, 0.015] and v2.lr_at(99, 100, 0) < 1e-4
-    assert moco.Config(version=1).lr_at(0, 100, 10) == pytest.approx(0.003)
+    c = moco.Config.preset("paper-v1")
+    rates = [moco.lr_at(c, epoch * 10, 2000, 0) for epoch in (0, 119, 120, 159, 160, 199)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    c = moco.Config()
+    assert [moco.lr_at(c, s, 100, 0) for s in (0, 50)] == pytest.approx([0.03, 0.015]) and moco.lr_at(c, 99, 100, 0) > 0
+
+
+@pytest.mark.parametrize(
+    "schedule, shares", [("cosine", WARM_UP_AND_COSINE), ("steps", [1 / 3, 2 / 3, 1, 1, 0.1, 0.01])]
+)
+def test_the_schedule_and_the_crops(schedule, shares, few_shapes, tmp_path, monkeypatch, capsys):
+    given = SMALL | {"lr": 0.3, "schedule": schedule, "symmetric": True, "loss_backend": "naive"}
+    rates, logged = follows_the_schedule(moco, given, tmp_path, monkeypatch)
+    assert rates == [pytest.approx([0.3 * share]) for share in shares]
+    assert all(z.shape == (64, 16) for z, _, _ in logged)
+    optimizer = saved(tmp_path, "optimizer")["param_groups"][0]
+    assert optimizer["momentum"] == 0.9 and not optimizer["nesterov"]
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"sgd, peak lr 0.3 (not scaled by N), {schedule}" in out
+    assert "info_nce, naive; mean over N = 64 queries; the sum of both directions" in out
+    assert "queue; BN statistics over groups of 32 images, keys shuffled" in out
+
+
+def test_what_is_watched_is_q(few_shapes, tmp_path, monkeypatch):
+    seen, logged, forward, log = [], [], moco.MoCo.forward, common.Run.log
+    monkeypatch.setattr(moco.MoCo, "forward", lambda self, *x: seen.append(forward(self, *x)) or seen[-1])
+    monkeypatch.setattr(common.Run, "log", lambda run, loss, z, *x: logged.append(z) or log(run, loss, z, *x))
+    moco.train(config(**TINY, symmetric=True, out=str(tmp_path)))
+    assert len(logged) == 3 and all(torch.equal(z, q) for z, (q, _) in zip(logged, seen[::2], strict=True))
 
 
 def test_heads_are_the_papers():
-    mlp = moco.MoCo(config(hidden_dim=0)).projector
+    mlp = moco.MoCo(config(projection_head="mlp", hidden_dim=0)).projector
     assert [type(m).__name__ for m in mlp] == ["Linear", "ReLU", "Linear"]  # no BN
     assert mlp[0].out_features == 128 and mlp[0].bias is not None and mlp[2].bias is not None
-    linear = moco.MoCo(config(projection_head="linear", projection_dim=17)).projector
-    assert isinstance(linear, nn.Linear) and linear.out_features == 17
-    model = moco.MoCo(config(backbone="resnet18"))
+    assert moco.MoCo(config(projection_head="mlp", hidden_dim=33)).projector[0].out_features == 33
+    model = moco.MoCo(config(backbone="resnet18", projection_head="linear", projection_dim=17))
+    assert isinstance(model.projector, nn.Linear) and model.projector.bias is not None
+    assert model.projector.out_features == model.dim == 17
     assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not any(p.requires_grad for p in model.key_encoder.parameters())
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_augmentation_order_and_strength(version, monkeypatch):
-    calls = []
-
-    def spy(name):
-        original = getattr(common, name)
-        monkeypatch.setattr(common, name, lambda *a: calls.append((name, a)) or original(*a))
-
-    for name in ("color_jitter", "to_grey", "flip", "gaussian_blur", "random_jitter"):
-        spy(name)
-    torch.manual_seed(0)
-    x = torch.rand(64, 3, 32, 32)
-    out = moco.augment(x.clone(), config(version=version, blur=True))
-    assert out.shape == x.shape and out.min() >= -1e-6 and out.max() <= 1 + 1e-6
-    names = [name for name, _ in calls]
-    strength = next(a for name, a in calls if name == "random_jitter")
-    if version == 1:
-        assert names == ["to_grey", "random_jitter", "color_jitter", "flip"]
-        assert strength == (64, 0.4, 0.4, 0.4, 0.4, 1.0)
-    else:
-        assert names == ["random_jitter", "color_jitter", "to_grey", "gaussian_blur", "flip"]
-        assert strength == (64, 0.4, 0.4, 0.4, 0.1, 0.8)
-    greys = sum(len(a[0]) for name, a in calls if name == "to_grey")
-    assert 4 <= greys <= 24  # p 0.2 of 64
+def test_the_views_are_those_of_their_version(monkeypatch):
+    assert recipe(moco, monkeypatch, moco.Config()) == [
+        ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1), ("grey", 0.2), ("gaussian_blur", 0.5), ("flip", 0.5)
+    ]  # fmt: skip
+    asked, jitter = [], moco.color_jitter
+    monkeypatch.setattr(moco, "sometimes", lambda x, p, op: asked.append((op.__name__, p)) or x)
+    monkeypatch.setattr(moco, "color_jitter", lambda x, *s: asked.append(("color_jitter", *s)) or jitter(x, *s))
+    out = moco.augment(torch.rand(64, 3, 8, 8), moco.Config.preset("paper-v1"))
+    assert asked == [("grey", 0.2), ("color_jitter", 0.4, 0.4, 0.4, 0.4), ("gaussian_blur", 0.0), ("flip", 0.5)]
+    assert out.min() < -1  # as torchvision's weights are fed
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -357,83 +405,98 @@ def test_augmentation_order_and_strength(version, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"version": 1},
+        {"augmentation": "v1", "schedule": "steps", "projection_head": "mlp"},
         {"mechanism": "end-to-end"},
-        {"mechanism": "end-to-end", "symmetric": True, "loss_backend": "blocked"},
-        {"mechanism": "memory-bank", "queue_size": 64},
-        {"amp": "bf16", "blur": True},
-        {"queue_size": 50, "loss_backend": "blocked"},
+        {"mechanism": "memory-bank", "amp": "bf16"},
+        {"queue_size": 50, "loss_backend": "blocked", "amp": "bf16", "blur": 0.5},
     ],
     ids=lambda f: "-".join(map(str, f.values())),
 )
-def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path):
-    metrics = moco.train(config(epochs=1, batch_size=64, knn_every=0, out=str(tmp_path), **flags))
+def test_options_run_and_load_back(flags, few_shapes, tmp_path):
+    metrics = moco.train(config(**TINY | flags, out=str(tmp_path)))
     assert math.isfinite(metrics["loss"])
-    _, model = linear_eval.load_run(str(tmp_path))
+    c, model = common.load_run(tmp_path)
+    assert {name: getattr(c, name) for name in flags} == flags
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
 
 
-def test_a_run_learns_to_tell_images_from_the_queue(few_shapes, tmp_path):
-    """The loss first rises, as keys of the network's own displace the random ones, and then falls below chance."""
-    given = {"epochs": 20, "batch_size": 32, "queue_size": 96, "crop_min_scale": 0.8, "hidden_dim": 256}
-    moco.train(config(**given, knn_every=0, out=str(tmp_path)))
-    loss = [float(row["loss"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
-    assert loss[-1] < 0.9 * math.log(96 + 1) < loss[3]
+def test_a_run_learns_to_tell_images_from_the_queue(tmp_path, monkeypatch):
+    """The loss first rises, as keys of the network's own displace the random ones, and then falls: crops of noise."""
+    loss, end_epoch = [], common.Run.end_epoch
+    monkeypatch.setattr(common.Run, "end_epoch", lambda run: (end_epoch(run), loss.append(run.progress["rows"][-1][1])))
+    monkeypatch.setattr(moco, "augment", lambda x, c: moco.normalize(x))
+    noise = torch.randint(256, (200, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    given = {"epochs": 6, "batch_size": 32, "queue_size": 96, "crop_min_scale": 0.9, "lr": 0.06, "temperature": 0.1}
+    given |= {"momentum": 0.99, "projection_dim": 64}
+    moco.train(config(**TINY | given, out=str(tmp_path)), data=noise.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    assert loss[-1] < loss[1] / 2 and loss[0] < loss[1] < math.log(96 + 1)
 
 
-@pytest.mark.parametrize("mechanism", ["queue", "end-to-end"])
+@pytest.mark.parametrize("mechanism", ["queue", "end-to-end", "memory-bank"])
 def test_pieces(mechanism, few_shapes, tmp_path):
-    trains_in_pieces(moco, config, {"mechanism": mechanism, "queue_size": 90}, tmp_path)
+    trains_in_pieces(moco, SMALL | {"mechanism": mechanism}, tmp_path)
 
 
 def test_pieces_are_bn_groups_whose_keys_are_shuffled(few_shapes, tmp_path, capsys):
-    given = {"epochs": 1, "batch_size": 32, "knn_every": 0, "bn_splits": 1}
+    given = TINY | {"batch_size": 32, "bn_splits": 1}
     moco.train(config(**given, micro_batch_size=8, out=str(tmp_path / "pieces")))
-    assert "BN statistics over groups of 8 images, keys shuffled" in capsys.readouterr().out
+    assert "BN statistics over groups of 8 images, keys shuffled" in " ".join(capsys.readouterr().out.split())
     moco.train(config(**given | {"bn_splits": 4}, out=str(tmp_path / "groups")))
     assert equal(saved(tmp_path / "pieces"), saved(tmp_path / "groups"))
 
 
 @pytest.mark.parametrize("mechanism", ["queue", "memory-bank"])
 def test_an_interrupted_run_resumes_bit_for_bit(mechanism, few_shapes, tmp_path, monkeypatch):
-    """Stopped in the middle of an epoch; queue, pointer, key encoder, memory bank and optimizer end where a whole
-    run ends."""
-    given = {"epochs": 3, "batch_size": 32, "knn_every": 0, "queue_size": 90, "mechanism": mechanism}
-    resumes_bit_for_bit(moco, config, given, ["bank"] * (mechanism == "memory-bank"), tmp_path, monkeypatch)
+    """Queue, pointer, key encoder, memory bank and optimizer end where a whole run ends."""
+    given = TINY | {"epochs": 3, "batch_size": 32, "mechanism": mechanism}
+    whole, resumed = resumes_bit_for_bit(moco, given, tmp_path, monkeypatch)
+    assert whole["loss"] == resumed["loss"]
     if mechanism == "queue":
-        whole = saved(tmp_path / "whole")
-        assert whole["pointer"] == 18 * 32 % 90
-        assert any(name.startswith("key_encoder.") for name in whole)
+        state = saved(tmp_path / "cut")
+        assert state["pointer"] == 18 * 32 % 90 and any(name.startswith("key_encoder.") for name in state)
+    else:
+        assert saved(tmp_path / "cut", "bank")["vectors"].shape == (200, 16)
 
 
 @pytest.mark.parametrize(
-    "flags, word",
+    "flags, words",
     [
-        (["--queue-size", "0"], "--queue-size"),
-        (["--momentum", "1.5"], "--momentum"),
-        (["--temperature", "-1"], "--temperature"),
-        (["--version", "3"], "--version"),
-        (["--mechanism", "list"], "--mechanism"),
-        (["--bn-splits", "100"], "--bn-splits"),
-        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric"),
-        (["--loss-backend", "triton"], "--loss-backend"),
+        (["--queue-size", "0"], "--queue-size 0: must be above 0"),
+        (["--momentum", "1.5"], "--momentum 1.5: must be at least 0 and at most 1"),
+        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
+        (["--version", "1"], "unknown flag --version"),
+        (["--preset", "paper-v3"], "argument --preset: invalid choice: 'paper-v3'"),
+        (["--mechanism", "list"], "argument --mechanism: invalid choice: 'list'"),
+        (["--bn-splits", "40", "--batch-size", "64"], "--bn-splits 40: for a batch of 64 give 32 or less"),
+        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a memory bank has one vector an image"),
+        (["--mechanism", "memory-bank", "--batch-size", "200"], "--batch-size 200: leaves no other image"),
+        (["--mechanism", "end-to-end", "--batch-size", "1"], "--batch-size 1: no negatives"),
+        (["--mechanism", "end-to-end", "--loss-backend", "blocked"], "--loss-backend blocked: end-to-end has"),
+        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
     ],
     ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
 )
-def test_bad_input_is_one_line(flags, word, few_shapes, tmp_path, capsys, monkeypatch):
-    if word == "--loss-backend" and torch.cuda.is_available():
+def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monkeypatch):
+    if flags[1] == "triton" and torch.cuda.is_available():
         pytest.skip("triton runs here")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert word in refusal(moco, flags, tmp_path, capsys)
+    assert words in refusal(moco, flags, tmp_path, capsys)
 
 
-def test_a_lowered_batch_lowers_its_groups(few_shapes, tmp_path, capsys):
-    few = common.make_shapes  # 10 images for a preset's batch of 256
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "make_shapes", lambda n, seed, size: few(500, seed, size))
-        c = moco.Config(data="shapes", image_size=32, backbone="resnet8", epochs=1, queue_size=64, out=str(tmp_path))
-        c.batch_size_by_hand = False
-        moco.train(c)
-    out = capsys.readouterr().out
-    assert "batch of 256 is lowered" in out and "--bn-splits is lowered" in out
+def test_a_lowered_batch_lowers_a_presets_groups(tmp_path, capsys):
+    given = {"image_size": 16, "backbone": "resnet8", "epochs": 1, "queue_size": 64, "out": str(tmp_path)}
+    moco.train(moco.Config.preset("paper", **given), data=torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "batch of 256 is lowered to 8" in out and "BN statistics over groups of 8 images" in out
+
+
+@pytest.mark.parametrize(
+    "mechanism, runs, shuffled", [("end-to-end", "naive", True), ("memory-bank", "blocked", False)]
+)
+def test_the_header_names_what_runs(mechanism, runs, shuffled, few_shapes, tmp_path, capsys):
+    """end-to-end has this file's loss alone, whatever K is; a memory bank's keys are not encoded, so not shuffled."""
+    moco.train(config(**TINY | {"queue_size": 65536}, mechanism=mechanism, out=str(tmp_path)))
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"info_nce, {runs}; mean" in out and f"{mechanism}; BN statistics over groups of 32 images" in out
+    assert ("keys shuffled" in out) == shuffled

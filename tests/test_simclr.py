@@ -1,23 +1,35 @@
-"""The paper's loss, heads and options, and whole runs of the script."""
+"""The paper's loss, heads and recipe, and whole runs of the script."""
 
 import csv
 import json
 import math
-import signal
 
 import pytest
 import torch
 import torchvision
 
 import common
+import kernels
 import simclr
-from tests.helpers import equal, python, saved, trains_in_pieces
+from tests.helpers import (
+    WARM_UP_AND_COSINE,
+    equal,
+    follows_the_schedule,
+    moved_by,
+    one_step,
+    recipe,
+    refusal,
+    resumes_bit_for_bit,
+    same_run,
+    saved,
+    trains_in_pieces,
+)
 
-FEW_SHAPES = 400
+TINY = {"epochs": 1, "batch_size": 64, "knn_every": 0, "hidden_dim": 32, "projection_dim": 16}
 
 
 def config(**given):
-    return simclr.Config(**simclr.Config.PRESETS["demo"] | {"preset": "demo"} | given)
+    return simclr.Config.preset("demo", **given)
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -64,7 +76,21 @@ def test_nt_xent_is_finite_at_any_temperature(tau):
     assert abs(loss.item() - simclr.nt_xent(z1.double(), z2.double(), tau).item()) <= 1e-4 * max(1, loss.item())
 
 
-# ----------------------------------------------------------------------------------------------------- the model
+@pytest.mark.parametrize("backend", ["naive", "blocked"])
+def test_a_step_is_sgd_on_equation_1(backend, few_shapes, tmp_path, monkeypatch):
+    """Of the method's file or of kernels/, at the run's temperature; no weight decay on BN and biases."""
+    fused, used = kernels.nt_xent, []
+    monkeypatch.setattr(kernels, "nt_xent", lambda *a, **k: used.append(k["backend"]) or fused(*a, **k))
+    given = {"optimizer": "sgd", "lr": 0.3, "temperature": 0.3, "hidden_dim": 32, "loss_backend": backend}
+    metrics, start, (x1, x2) = one_step(simclr, given, tmp_path, monkeypatch)
+    assert used == ([backend] if backend == "blocked" else [])
+    z1, z2 = start["model"].embed(torch.cat([x1, x2])).chunk(2)  # BN over both views
+    loss = simclr.nt_xent(z1, z2, 0.3)
+    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-5)
+    moved_by(loss, start["model"], saved(tmp_path), 0.3 * 200 / 256, lambda p: 0.1 if p.ndim > 1 else 0.0)
+
+
+# ------------------------------------------------------------------------------------------ the model, the recipe
 
 
 def layers(head):
@@ -79,176 +105,126 @@ def test_the_heads_are_the_papers():
     assert mlp[0].out_features == 128  # the width of h
     linear = simclr.SimCLR(config(projection_head="linear", projection_dim=17)).projector
     assert layers(linear) == ["Linear", "BatchNorm1d"] and linear[0].out_features == 17
-    model = simclr.SimCLR(config(projection_head="none"))
+    assert linear[0].bias is None and not linear[1].bias.requires_grad
+    model = simclr.SimCLR(config(projection_head="none")).eval()
     x = torch.rand(4, 3, 32, 32)
-    assert torch.equal(model.eval()(x), model.backbone(x))
+    assert torch.equal(torch.cat(model(x[:2], x[2:])), model.backbone(x))
+    deep = simclr.SimCLR(config(backbone="resnet18")).backbone
+    assert all((block.bn2.weight == 0).all() for block in [*deep.layer1, *deep.layer4])
 
 
-def test_defaults_are_the_papers_and_presets_override_them():
-    c = simclr.Config()
-    assert (c.batch_size, c.temperature, c.weight_decay, c.optimizer, c.projection_dim) == (
-        4096,
-        0.1,
-        1e-6,
-        "lars",
-        128,
-    )
-    assert math.isclose(c.peak_lr(), 4.8)
-    assert math.isclose(simclr.Config(lr_scaling="sqrt", batch_size=1024).peak_lr(), 0.075 * 32)
-    assert simclr.Config(lr_scaling="none").peak_lr() == 0.3
-    parse = lambda *a: common.parse_args(simclr.Config, a)  # noqa: E731
-    assert parse().preset == "demo" and parse().backbone == "resnet8"
-    assert parse("--data", "cifar10").preset == "cifar"
-    assert parse("--data", "/my/photos").preset == "paper"
-    assert parse("--preset", "cifar").data == "cifar10"
-    by_hand = parse("--preset", "cifar", "--temperature", "0.7", "--epochs", "3")
-    assert (by_hand.temperature, by_hand.epochs, by_hand.lr) == (0.7, 3, 1.0)
+PAPER = {
+    **{"epochs": 100, "batch_size": 4096, "lr": 0.3, "lr_scaling": "linear", "optimizer": "lars"},
+    **{"weight_decay": 1e-6, "warmup_epochs": 10.0, "temperature": 0.1, "projection_head": "mlp", "hidden_dim": 0},
+    **{"projection_dim": 128, "crop_min_scale": 0.08, "jitter_strength": 1.0, "blur": 0.5},
+    **{"backbone": "resnet50", "image_size": 224, "stem": "imagenet"},
+}
+CIFAR = PAPER | {
+    **{"data": "cifar10", "backbone": "resnet18", "image_size": 32, "stem": "cifar", "epochs": 1000},
+    **{"batch_size": 512, "lr": 1.0, "temperature": 0.5, "jitter_strength": 0.5, "blur": 0.0},
+}
 
 
-def test_one_branch_leaves_the_second_view_as_the_shared_crop(few_shapes, tmp_path, monkeypatch):
-    seen = []
-    original = simclr.augment
-    monkeypatch.setattr(simclr, "augment", lambda x, c, ops: seen.append((x.clone(), ops)) or original(x, c, ops))
-    pairs = []
-    monkeypatch.setattr(common.Run, "draw_views", lambda self, views: pairs.append(views))
-    simclr.train(
-        config(epochs=1, batch_size=64, knn_every=0, augment="sobel,color", augment_one_branch=True, out=str(tmp_path))
-    )
-    assert all(ops == ["sobel", "color"] for _, ops in seen)
-    assert torch.equal(pairs[0][1], seen[0][0]) and not torch.equal(pairs[0][0], pairs[0][1])
+@pytest.mark.parametrize("preset, published", [("paper", PAPER), ("cifar", CIFAR)])
+def test_presets_are_as_published(preset, published):
+    c = simclr.Config.preset(preset)
+    assert {name: getattr(c, name) for name in published} == published
 
 
-@pytest.mark.parametrize("first", ["crop", "cutout", "color", "sobel", "noise", "blur", "rotate"])
-def test_every_cell_of_figure_5_runs_in_the_given_order(first):
-    torch.manual_seed(0)
-    c = config(blur_probability=1.0)
-    x = torch.rand(6, 3, 32, 32)
-    for second in ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate"):
-        out = simclr.augment(x.clone(), c, [first, second])
-        assert out.shape == x.shape and torch.isfinite(out).all() and out.min() >= -1e-6 and out.max() <= 1 + 1e-6
-        assert not torch.equal(out, x)
+def test_the_views_are_the_papers(monkeypatch):
+    jitter = ("color_jitter", 0.8, 0.8, 0.8, 0.8, 0.2)
+    assert recipe(simclr, monkeypatch, simclr.Config()) == [
+        ("flip", 0.5), jitter, ("grey", 0.2), ("gaussian_blur", 0.5)
+    ]  # fmt: skip
+    half = recipe(simclr, monkeypatch, simclr.Config.preset("cifar"))
+    assert half[1] == ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1) and half[3] == ("gaussian_blur", 0.0)
+
+
+@pytest.mark.parametrize("scaling, peak", [("linear", 64 / 256), ("sqrt", 8 / 4), ("none", 1.0)])
+def test_the_schedule_and_the_crops(scaling, peak, few_shapes, tmp_path, monkeypatch, capsys):
+    given = {"lr": 0.3, "lr_scaling": scaling, "hidden_dim": 32, "projection_dim": 16}
+    rates, logged = follows_the_schedule(simclr, given, tmp_path, monkeypatch)
+    assert rates == [pytest.approx([0.3 * peak * share] * 2) for share in WARM_UP_AND_COSINE]
+    assert all(z.shape == (64, 16) for z, _, _ in logged)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"peak lr {0.3 * peak:g} (--lr 0.3, {scaling} scaling, N = 64)" in out
+    assert "nt_xent, naive; mean over 2N = 128 anchors (the authors' code adds two means: twice this)" in out
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_the_optimizer(optimizer, few_shapes, tmp_path):
+    c = config(**TINY, optimizer=optimizer, weight_decay=1e-3, out=str(tmp_path))
+    simclr.train(c)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["kinds"]["optimizer"].lower() == optimizer
+    weights, rest = saved(tmp_path, "optimizer")["param_groups"]
+    assert (weights["weight_decay"], rest["weight_decay"], weights["momentum"]) == (1e-3, 0.0, 0.9)
+    assert weights["adapt"] and not rest["adapt"] and weights.get("lr_in_momentum", True)
+    trained = [p for p in simclr.SimCLR(c).parameters() if p.requires_grad]
+    assert len(weights["params"]) == sum(p.ndim > 1 for p in trained)
+    assert len(rest["params"]) == sum(p.ndim == 1 for p in trained)
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_a_run_learns_and_writes_its_files(few_shapes, tmp_path, capsys):
-    metrics = simclr.train(config(epochs=3, batch_size=32, out=str(tmp_path)))
+    given = {"temperature": 0.2, "optimizer": "sgd", "lr": 0.4, "warmup_epochs": 1.0, "projection_dim": 64}
+    metrics = simclr.train(config(epochs=12, batch_size=32, knn_every=12, **given, out=str(tmp_path)))
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert list(rows[0]) == ["epoch", "loss", "lr", "feature_std", "effective_rank", "knn_top1", "images_per_second"]
-    assert [r["epoch"] for r in rows] == ["1", "2", "3"]
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) < 1.2 * math.log(63)
+    assert [r["epoch"] for r in rows] == [str(i + 1) for i in range(12)]
+    assert float(rows[-1]["loss"]) < math.log(63) < float(rows[0]["loss"]) < 1.25 * math.log(63)
     assert 0 < float(rows[-1]["feature_std"]) < 0.2 and 1 < float(rows[-1]["effective_rank"]) <= 64
     assert math.isclose(metrics["knn_top1"], float(rows[-1]["knn_top1"]), rel_tol=1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["temperature"] == 0.2
     for name in ("views.png", "backbone.pt", "checkpoint.pt"):
         assert (tmp_path / name).stat().st_size > 1000
     out = capsys.readouterr().out
-    for words in ("preset demo", "mean over 2N", "h, trained backbone", "raw pixels", "peak lr"):
+    for words in ("preset demo", "h, trained backbone", "raw pixels", f"next: python linear_eval.py {tmp_path}"):
         assert words in out
 
 
 def test_backbone_loads_into_torchvision(tmp_path, few_shapes):
-    c = config(backbone="resnet18", stem="imagenet", epochs=1, batch_size=64, knn_every=0, out=str(tmp_path))
-    simclr.train(c)
+    simclr.train(config(**TINY, backbone="resnet18", stem="imagenet", out=str(tmp_path)))
     network = torchvision.models.resnet18()
     result = network.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
     assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
     network.fc = torch.nn.Identity()
-    model = simclr.SimCLR(c)
-    model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
+    _, model = common.load_run(tmp_path)
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(network.eval()(x), model.eval().backbone(x))
 
 
-KILLED = """
-import multiprocessing, os, runpy, sys, time
-import common
-
-signal, step, start = sys.argv[1:4]
-sys.argv[:4] = ["simclr.py"]
-after_step = common.Run.after_step
-
-def killed(run, *rest):
-    after_step(run, *rest)
-    if run.step == int(step):
-        os.killpg(0, int(signal))  # as a terminal does: this process and its workers
-        time.sleep(1)
-
-common.Run.after_step = killed
-multiprocessing.set_start_method(start)
-runpy.run_path("simclr.py", run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "how, memory, start",
-    [
-        (signal.SIGKILL, "4", "fork"),
-        (signal.SIGINT, "4", "fork"),
-        (signal.SIGINT, "0", "fork"),
-        (signal.SIGINT, "0", "spawn"),  # of macOS; Python 3.14 has forkserver, which is as bare
-    ],
-)
-def test_a_killed_run_resumes_bit_for_bit(photos, tmp_path, how, memory, start):
-    """SIGKILL loses the epoch it hits, Ctrl-C saves at the step it hits; both end where the whole run ends.
-
-    With images held in memory, and streamed by a worker process (`--resident-gb 0`).
-    """
-    flags = f"--preset demo --data {photos} --epochs 2 --batch-size 32 --knn-every 0 --resident-gb {memory}".split()
-    flags += ["--workers", "1", "--hidden-dim", "32"]
-    simclr.train(common.parse_args(simclr.Config, [*flags, "--out", str(tmp_path / "whole")]))
-    killed = [KILLED, int(how), 8, start, *flags, "--out", tmp_path / "cut"]  # two steps into the second epoch
-    done = python("-c", *killed, timeout=120, start_new_session=True)
-    assert done.returncode == (130 if how == signal.SIGINT else -9), done.stderr
-    assert len(done.stderr.split("\n")) == (3 if how == signal.SIGINT else 1), done.stderr  # an empty line and another
-    assert saved(tmp_path / "cut", "epoch") == 1
-    assert saved(tmp_path / "cut", "step_in_epoch") == (3 if how == signal.SIGINT else 0)
-    assert not equal(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
-    resumed = python("simclr.py", "--resume", "--out", tmp_path / "cut")  # other flags come from the run's config.json
-    assert resumed.returncode == 0, resumed.stderr
-    assert equal(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
-    logs = [[r[:6] for r in csv.reader((tmp_path / d / "log.csv").open())] for d in ("cut", "whole")]
-    assert logs[0] == logs[1]
-
-
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(few_shapes, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        simclr.train(config(epochs=1, batch_size=64, knn_every=0, seed=seed, out=str(tmp_path / name)))
-    assert equal(saved(tmp_path / "a"), saved(tmp_path / "b"))
+        simclr.train(config(**TINY, seed=seed, out=str(tmp_path / name)))
+    assert same_run(tmp_path / "a", tmp_path / "b")
     assert not equal(saved(tmp_path / "a"), saved(tmp_path / "c"))
-
-
-def test_a_fresh_run_keeps_the_old_checkpoint(few_shapes, tmp_path):
-    c = config(epochs=1, batch_size=64, knn_every=0, out=str(tmp_path))
-    simclr.train(c)
-    old = (tmp_path / "checkpoint.pt").read_bytes()
-    simclr.train(c)
-    assert (tmp_path / "checkpoint.previous.pt").read_bytes() == old
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        {"amp": "bf16"},
-        {"optimizer": "lars", "lr_scaling": "sqrt"},
+        {"amp": "bf16", "blur": 0.5},
+        {"optimizer": "lars", "loss_backend": "blocked", "amp": "bf16"},
         {"projection_head": "none"},
-        {"projection_head": "linear"},
-        {"augment": "color,crop,rotate,cutout"},
-        {"blur_probability": 0.5, "solarize_probability": 0.5},
-        {"loss_backend": "naive"},
-        {"image_size": 40},
+        {"projection_head": "linear", "image_size": 40},
     ],
     ids=lambda f: "-".join(f),
 )
 def test_options_run(flags, few_shapes, tmp_path):
-    metrics = simclr.train(config(epochs=1, batch_size=64, knn_every=0, out=str(tmp_path), **flags))
-    assert math.isfinite(metrics["loss"])
+    assert math.isfinite(simclr.train(config(**TINY, out=str(tmp_path), **flags))["loss"])
 
 
 def test_pieces(few_shapes, tmp_path):
-    trains_in_pieces(simclr, config, {"projection_dim": 16}, tmp_path)
+    trains_in_pieces(simclr, {"hidden_dim": 32, "projection_dim": 16}, tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_an_interrupted_run_resumes_bit_for_bit(optimizer, few_shapes, tmp_path, monkeypatch):
+    given = TINY | {"epochs": 3, "batch_size": 32, "optimizer": optimizer}
+    whole, resumed = resumes_bit_for_bit(simclr, given, tmp_path, monkeypatch)
+    assert whole["loss"] == resumed["loss"]
 
 
 @pytest.mark.slow
@@ -259,12 +235,30 @@ def test_real_images_beat_the_untrained_network(cifar10_folder, tmp_path):
         copy = small / path.relative_to(cifar10_folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(path)
-    metrics = simclr.train(config(data=str(small), epochs=6, out=str(tmp_path / "run")))
+    metrics = simclr.train(config(data=str(small), epochs=6, knn_every=6, out=str(tmp_path / "run")))
     assert metrics["knn h, trained backbone"] > metrics["knn h, untrained backbone"] + 0.02
 
 
-def test_losses_agree_between_the_method_file_and_kernels():
-    kernels = pytest.importorskip("kernels")
-    torch.manual_seed(0)
-    z1, z2 = torch.randn(2, 33, 20, dtype=torch.float64)
-    assert torch.allclose(simclr.nt_xent(z1, z2, 0.3), kernels.nt_xent(z1, z2, 0.3, backend="blocked"), rtol=1e-12)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--batch-size", "1"], "--batch-size 1: there are no negatives; give 2 or more"),
+        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
+        (["--projection-head", "conv"], "argument --projection-head: invalid choice: 'conv'"),
+        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
+    ],
+    ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
+)
+def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monkeypatch):
+    if flags[1] == "triton" and torch.cuda.is_available():
+        pytest.skip("triton runs here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert words in refusal(simclr, flags, tmp_path, capsys)
+
+
+def test_without_kernels_the_naive_loss_runs_and_another_is_refused(few_shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(simclr, "kernels", None)
+    simclr.train(config(**TINY, out=str(tmp_path)))
+    assert "nt_xent, naive;" in capsys.readouterr().out
+    assert "the folder kernels/ is not here" in refusal(simclr, ["--loss-backend", "blocked"], tmp_path, capsys)

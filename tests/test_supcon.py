@@ -1,4 +1,4 @@
-"""The paper's losses, the baselines, the two stages, and whole runs."""
+"""The paper's losses, the cross-entropy baseline, the recipe, and whole runs."""
 
 import math
 import shutil
@@ -6,19 +6,30 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import common
+import kernels
 import linear_eval
 import simclr
 import supcon
-from tests.helpers import python, refusal, resumes_bit_for_bit, trains_in_pieces
+from tests.helpers import (
+    WARM_UP_AND_COSINE,
+    follows_the_schedule,
+    moved_by,
+    one_step,
+    recipe,
+    refusal,
+    resumes_bit_for_bit,
+    saved,
+    trains_in_pieces,
+)
 
-FEW_SHAPES = 400
+SMALL = {"hidden_dim": 32, "projection_dim": 16}
+TINY = SMALL | {"epochs": 1, "batch_size": 64, "knn_every": 0}
 
 
 def config(**given):
-    return supcon.Config(**supcon.Config.PRESETS["demo"] | {"preset": "demo"} | given)
+    return supcon.Config.preset("demo", **given)
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -140,7 +151,6 @@ def test_anchors_without_positives_count_in_the_mean_and_as_negatives():
 @pytest.mark.parametrize("loss", ["out", "in"])
 @pytest.mark.parametrize("backend", ["blocked", "naive"])
 def test_the_fused_loss_agrees(loss, backend):
-    kernels = pytest.importorskip("kernels")
     torch.manual_seed(0)
     labels = torch.randint(-3, 12, (70,))
     labels[:4] = torch.tensor([100, 200, -300, 400])
@@ -153,285 +163,199 @@ def test_the_fused_loss_agrees(loss, backend):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
-# -------------------------------------------------------------------------------------------------- the baselines
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"loss": "in"},
+        {"loss_backend": "blocked"},
+        {"loss": "in", "loss_backend": "blocked"},
+        {"base_temperature": 0.07},
+        {"base_temperature": 0.07, "loss_backend": "blocked"},
+        {"loss": "cross-entropy"},
+    ],
+    ids=lambda f: "-".join(map(str, f.values())) or "default",
+)
+def test_a_step_is_sgd_on_equation_2_or_3(flags, few_shapes, tmp_path, monkeypatch):
+    """Times tau over its base (section 4.5); of the method's file or of kernels/; the weight decay is on everything."""
+    fused, used = kernels.sup_con, []
+    monkeypatch.setattr(kernels, "sup_con", lambda *a, **k: used.append(k["backend"]) or fused(*a, **k))
+    c = SMALL | {"optimizer": "sgd", "lr": 0.3, "temperature": 0.2, "base_temperature": 1.0, "loss_backend": "naive"}
+    c |= flags
+    metrics, start, views = one_step(supcon, c, tmp_path, monkeypatch)
+    assert used == ["blocked"] * (c["loss_backend"] == "blocked")
+    z, y = start["model"].embed(torch.cat(views)), start["labels"].repeat(2)  # BN over both views
+    if c.get("loss") == "cross-entropy":
+        loss = F.cross_entropy(start["classifier"](z), y)
+    else:
+        loss = 0.2 / c["base_temperature"] * supcon.sup_con(z, y, 0.2, loss=c.get("loss", "out"))
+    assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-5)
+    trained = torch.nn.ModuleDict({name: start[name] for name in ("model", "classifier") if name in start})
+    after = {f"{part}.{name}": value for part in trained for name, value in saved(tmp_path, part).items()}
+    moved_by(loss, trained, after, 0.3, lambda p: 0.1)
 
 
-def psi(angle, m):
-    """Liu et al., equation 6, literally."""
-    k = min(int(angle * m / math.pi), m - 1)
-    return (-1) ** k * math.cos(m * angle) - 2 * k
+# ------------------------------------------------------------------------------------------ the model, the recipe
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4])
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-def test_large_margin_is_the_published_formula(m, lam):
-    torch.manual_seed(m)
-    h, w, labels = torch.randn(30, 6).double(), torch.randn(4, 6).double(), torch.randint(4, (30,))
-    h[0], h[1] = w[labels[0]], -2 * w[labels[1]]  # angles 0 and pi
-    logits = supcon.large_margin(h, w, labels, m, lam)
-    for i, y in enumerate(labels):
-        for c in range(4):
-            norm = (h[i].norm() * w[c].norm()).item()
-            cos = max(-1.0, min(1.0, torch.dot(h[i], w[c]).item() / norm))
-            value = norm * cos
-            if c == y:
-                value = norm * (lam * cos + psi(math.acos(cos), m)) / (1 + lam)
-            assert math.isclose(logits[i, c].item(), value, rel_tol=1e-6, abs_tol=1e-6)
-
-
-def test_large_margin_falls_with_the_angle_and_has_a_gradient():
-    angle = torch.linspace(0, math.pi, 200, dtype=torch.float64)
-    h = torch.stack([angle.cos(), angle.sin()], 1).requires_grad_()
-    logits = supcon.large_margin(h, torch.eye(2).double(), torch.zeros(200, dtype=torch.int64), 4, 0.0)
-    assert (logits[1:, 0] < logits[:-1, 0]).all() and (logits[:, 0] <= angle.cos() + 1e-12).all()
-    logits[:, 0].sum().backward()
-    assert torch.isfinite(h.grad).all()
-    w = torch.randn(3, 5, requires_grad=True)  # a feature of length 0: no NaN
-    supcon.large_margin(torch.zeros(2, 5), w, torch.tensor([0, 1]), 4, 0.0).sum().backward()
-    assert torch.isfinite(w.grad).all()
-
-
-# ------------------------------------------------------------------------------------------- model and whole runs
-
-
-def test_the_head_is_the_papers_and_the_presets_are_published():
+def test_the_head_is_the_papers():
     head = supcon.SupCon(config(hidden_dim=0, projection_dim=128)).projector
     assert [type(m).__name__ for m in head] == ["Linear", "ReLU", "Linear"]
     assert head[0].out_features == 128 and head[0].bias is not None and head[2].bias is not None
     model = supcon.SupCon(config(loss="cross-entropy")).eval()
-    x = torch.rand(3, 3, 32, 32)
-    assert torch.equal(model(x), model.backbone(x))
-    c = supcon.Config()
-    assert (c.batch_size, c.temperature, c.epochs, c.optimizer, c.base_temperature) == (6144, 0.1, 350, "lars", 0)
-    cifar = common.parse_args(supcon.Config, ["--data", "cifar10"])
-    assert (cifar.lr, cifar.batch_size, cifar.backbone, cifar.weight_decay) == (0.5, 1024, "resnet50", 1e-4)
-    assert (cifar.linear_lr, cifar.linear_batch_size, cifar.linear_epochs) == (5, 512, 100)
+    x = torch.rand(4, 3, 32, 32)
+    assert torch.equal(torch.cat(model(x[:2], x[2:])), model.backbone(x)) and model.dim == 128
+    deep = supcon.SupCon(config(backbone="resnet18")).backbone
+    assert all((block.bn2.weight == 1).all() for block in [*deep.layer1, *deep.layer4])  # as the authors start it
+
+
+PAPER = {
+    **{"loss": "out", "temperature": 0.1, "base_temperature": 1.0, "epochs": 350, "batch_size": 6144},
+    **{"optimizer": "lars", "lr": 7.2, "weight_decay": 1e-6, "warmup_epochs": 10.0, "hidden_dim": 0},
+    **{"projection_dim": 128, "crop_min_scale": 0.2, "jitter_strength": 0.5},
+    **{"backbone": "resnet50", "image_size": 224, "stem": "imagenet"},
+}
+CIFAR = PAPER | {
+    **{"data": "cifar10", "image_size": 32, "stem": "cifar", "epochs": 1000, "batch_size": 1024},
+    **{"optimizer": "sgd", "lr": 0.5, "weight_decay": 1e-4, "base_temperature": 0.07},
+}
+
+
+@pytest.mark.parametrize("preset, published", [("paper", PAPER), ("cifar", CIFAR)])
+def test_presets_are_as_published(preset, published):
+    c = supcon.Config.preset(preset)
+    assert {name: getattr(c, name) for name in published} == published
 
 
 def test_the_views_are_the_authors(monkeypatch):
-    calls = []
-    for name in ("random_jitter", "color_jitter", "to_grey", "gaussian_blur", "flip"):
-        original = getattr(common, name)
-        monkeypatch.setattr(common, name, lambda *a, f=original, n=name: calls.append((n, a)) or f(*a))
-    torch.manual_seed(0)
-    x = torch.rand(64, 3, 32, 32)
-    out = supcon.augment(x.clone(), config(blur_probability=0.5))
-    assert [name for name, _ in calls] == ["flip", "random_jitter", "color_jitter", "to_grey", "gaussian_blur"]
-    assert calls[1][1] == (64, 0.4, 0.4, 0.4, 0.1, 0.8)
-    assert out.shape == x.shape and out.min() >= -1e-6 and out.max() <= 1 + 1e-6
+    jitter = ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1)
+    assert recipe(supcon, monkeypatch, supcon.Config()) == [("flip", 0.5), jitter, ("grey", 0.2)]
 
 
-TINY = {"epochs": 1, "batch_size": 64, "knn_every": 0, "linear_epochs": 2}
+@pytest.mark.parametrize("loss", ["out", "in", "cross-entropy"])
+def test_the_schedule_and_the_crops(loss, few_shapes, tmp_path, monkeypatch, capsys):
+    given = SMALL | {"lr": 0.3, "loss": loss, "temperature": 0.1, "base_temperature": 0.07}
+    rates, logged = follows_the_schedule(supcon, given, tmp_path, monkeypatch)
+    assert rates == [pytest.approx([0.3 * share] * len(rates[0])) for share in WARM_UP_AND_COSINE]
+    baseline = loss == "cross-entropy"
+    assert all(z.shape == (128, 128 if baseline else 16) for z, _, _ in logged)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "peak lr 0.3 (not scaled by N)" in out
+    said = f"sup_con {loss}, naive; mean over 2N = 128 anchors, times tau over its base, 1.42857"
+    assert ("cross-entropy; temperature and projection head are unused" if baseline else said) in out
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+@pytest.mark.parametrize("loss", ["out", "cross-entropy"])
+def test_the_optimizer(loss, optimizer, few_shapes, tmp_path):
+    """LARS as SimCLR's, which spares BN and biases; SGD decays everything. The classifier is trained with the rest."""
+    c = config(**TINY, loss=loss, optimizer=optimizer, weight_decay=1e-3, out=str(tmp_path))
+    supcon.train(c)
+    groups = saved(tmp_path, "optimizer")["param_groups"]
+    assert all(g["momentum"] == 0.9 for g in groups)
+    assert [g["weight_decay"] for g in groups] == ([1e-3, 0.0] if optimizer == "lars" else [1e-3])
+    model = supcon.SupCon(c)
+    weights = sum(p.ndim > 1 for p in model.parameters()) + (loss == "cross-entropy")
+    everything = len(list(model.parameters())) + 2 * (loss == "cross-entropy")
+    sizes = [weights, everything - weights] if optimizer == "lars" else [everything]
+    assert [len(g["params"]) for g in groups] == sizes
+    if optimizer == "lars":
+        assert groups[0]["adapt"] and not groups[1]["adapt"] and groups[0]["lr_in_momentum"]
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        {},
-        {"loss": "in", "loss_backend": "blocked"},
+        {"loss": "in", "loss_backend": "blocked", "amp": "bf16"},
         {"loss": "cross-entropy", "amp": "bf16"},
-        {"loss": "max-margin", "optimizer": "lars"},
-        {"base_temperature": 0.07, "amp": "bf16", "blur_probability": 0.5},
-        {"hidden_dim": 0, "linear_batch_size": 90, "optimizer": "lars"},
+        {"optimizer": "lars", "amp": "bf16"},
     ],
     ids=lambda f: "-".join(map(str, f.values())),
 )
-def test_options_run_and_can_be_evaluated(flags, few_shapes, tmp_path, capsys):
-    metrics = supcon.train(config(**TINY, out=str(tmp_path), **flags))
-    assert math.isfinite(metrics["loss"]) and 0 <= metrics["linear_top1"] <= metrics["linear_top5"] <= 1
-    assert torch.load(tmp_path / "classifier.pt", weights_only=True)["weight"].shape == (10, 128)
-    assert f"top-1 {metrics['linear_top1']:.4f}" in capsys.readouterr().out
-    _, model = linear_eval.load_run(str(tmp_path))
+def test_options_run_and_the_next_command_evaluates_them(flags, few_shapes, tmp_path, capsys):
+    assert math.isfinite(supcon.train(config(**TINY, out=str(tmp_path), **flags))["loss"])
+    _, model = common.load_run(tmp_path)
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
-
-
-def test_base_temperature_scales_the_loss(monkeypatch):
-    z, labels = torch.randn(8, 4), torch.arange(8) % 3
-    for given in ({}, {"loss": "in"}):
-        plain, name = supcon.choose_loss(config(**given), torch.device("cpu"), None)
-        scaled, said = supcon.choose_loss(config(base_temperature=0.07, **given), torch.device("cpu"), None)
-        torch.testing.assert_close(scaled(z, labels, 0.0), plain(z, labels, 0.0) / 0.7)
-        assert "times 1.42857" in said and "times" not in name
-
-
-@pytest.mark.parametrize("loss", ["out", "in"])
-def test_every_backend_runs_the_loss_that_was_asked_for(loss):
-    pytest.importorskip("kernels")
-    torch.manual_seed(0)
-    z, labels = torch.randn(24, 4), torch.arange(24) % 3
-    expected = by_the_formula(z, labels, 0.1, loss)
-    for backend in ("blocked", "naive", "auto"):
-        run, name = supcon.choose_loss(config(loss=loss, loss_backend=backend), torch.device("cpu"), None)
-        torch.testing.assert_close(run(z, labels, 0.0), expected)
-        assert f"sup_con {loss}" in name and (backend == "auto" or backend in name)
-
-
-def test_the_baselines_losses():
-    classifier = torch.nn.Linear(6, 3)
-    h, y = torch.randn(10, 6), torch.randint(3, (10,))
-    cross_entropy, _ = supcon.choose_loss(config(loss="cross-entropy"), torch.device("cpu"), classifier)
-    assert torch.equal(cross_entropy(h, y, 0.3), F.cross_entropy(classifier(h), y))
-    classifier = torch.nn.Linear(6, 3, bias=False)
-    margin, name = supcon.choose_loss(config(loss="max-margin"), torch.device("cpu"), classifier)
-    assert "m = 4" in name
-    without = F.cross_entropy(classifier(h), y)
-    assert abs(margin(h, y, 0.0) - without) < 0.01 * without  # lam 1000: nearly no margin yet
-    late = F.cross_entropy(supcon.large_margin(h, classifier.weight, y, 4, 0.0), y)
-    torch.testing.assert_close(margin(h, y, 1.0), late, rtol=0.01, atol=0.01)
-
-
-def test_stage_1_then_stage_2_is_both(few_shapes, tmp_path):
-    both = supcon.train(config(**TINY, out=str(tmp_path / "both")))
-    apart = supcon.train(config(**TINY, out=str(tmp_path / "apart"), stage="1"))
-    assert "linear_top1" not in apart and not (tmp_path / "apart" / "classifier.pt").exists()
-    before = (tmp_path / "apart" / "backbone.pt").read_bytes()
-    torch.manual_seed(99)
-    second = supcon.train(config(**TINY, out=str(tmp_path / "apart"), stage="2", resume=True))
-    assert second["linear_top1"] == both["linear_top1"] and before == (tmp_path / "apart" / "backbone.pt").read_bytes()
-    a, b = (torch.load(tmp_path / run / "classifier.pt", weights_only=True) for run in ("both", "apart"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_classifier_is_never_that_of_another_encoder(few_shapes, tmp_path):
-    supcon.train(config(**TINY, out=str(tmp_path)))
-    saved_config = (tmp_path / "config.json").read_text()
-    for flag, given in {"--loss out": {"loss": "in"}, "--temperature 0.1": {"temperature": 0.2}}.items():
-        with pytest.raises(common.InputError, match=f"stage 1 had {flag}; give that"):
-            supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, **given))
-    assert (tmp_path / "config.json").read_text() == saved_config
-    with pytest.raises(common.RunFailure, match="lower --linear-lr"):
-        supcon.train(config(**TINY, out=str(tmp_path), stage="2", resume=True, linear_lr=1e38))
-    assert (tmp_path / "classifier.pt").exists()
-    supcon.train(config(**TINY, out=str(tmp_path), stage="1"))
-    assert not (tmp_path / "classifier.pt").exists()
-
-
-def test_stage_2_leaves_the_encoder_as_it_is(few_shapes, tmp_path):
-    c = config(**TINY, out=str(tmp_path))
-    device = common.prepare(c)
-    model, data = supcon.SupCon(c), common.load_data(c, device)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    classifier = supcon.fit_classifier(model.train(), data, c, device)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())  # BN statistics too
-    assert all(p.grad is None for p in model.parameters()) and not model.training
-    assert classifier.weight.shape == (10, 128)
+    script, *words = capsys.readouterr().out.split("next: python ")[1].split()
+    assert script == "linear_eval.py" and words[0] == str(tmp_path)
+    assert 0 <= linear_eval.main(words)["linear_top1"] <= 1
 
 
 @pytest.mark.parametrize("loss", ["out", "cross-entropy"])
 def test_pieces(loss, few_shapes, tmp_path):
-    trains_in_pieces(supcon, config, {"loss": loss, "linear_epochs": 1}, tmp_path)
+    trains_in_pieces(supcon, SMALL | {"loss": loss}, tmp_path)
 
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"resident_gb": 0.0, "workers": 1}, {"loss": "max-margin"}],
-    ids=["resident", "streamed", "max-margin"],
+    [{}, {"loss": "cross-entropy", "optimizer": "sgd"}, {"resident_gb": 0.0, "workers": 1}],
+    ids=["resident", "cross-entropy", "streamed"],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeypatch):
-    """Stopped in the middle of an epoch; stage 1, and stage 2 or the baseline's classifier, end as in a whole run."""
+    """The baseline's classifier too."""
     given = TINY | {"epochs": 2, "batch_size": 32, "data": str(photos)} | given
-    parts = ["classifier"] * ("loss" in given)
-    whole, resumed = resumes_bit_for_bit(supcon, config, given, parts, tmp_path, monkeypatch)
-    assert resumed["linear_top1"] == whole["linear_top1"]
+    whole, resumed = resumes_bit_for_bit(supcon, given, tmp_path, monkeypatch)
+    assert whole["loss"] == resumed["loss"]
+    assert ("classifier" in torch.load(tmp_path / "cut" / "checkpoint.pt")["parts"]) == ("loss" in given)
 
 
-def test_stage_2_of_a_finished_run_from_the_command_line(photos, tmp_path, capsys):
-    """Its flags come from the run, and its classifier is that of the run."""
-    supcon.train(config(**TINY | {"data": str(photos)}, out=str(tmp_path)))
-    first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 2")]
-    again = python("supcon.py", "--stage", "2", "--resume", "--out", tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert len(first) == 3 and first == [line for line in again.stdout.splitlines() if line.startswith("stage 2")]
-
-
-def test_images_without_a_label_are_classes_of_their_own(photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("backend", ["naive", "blocked"])
+def test_images_without_a_label_are_classes_of_their_own(backend, photos, tmp_path, monkeypatch, capsys):
     photos = shutil.copytree(photos, tmp_path / "photos")
     for i in range(3):
-        (photos / f"extra{i}.png").write_bytes(next((photos / "0").iterdir()).read_bytes())
-    seen = []
-    original = supcon.sup_con
-    monkeypatch.setattr(supcon, "fused_sup_con", None)
-    monkeypatch.setattr(supcon, "sup_con", lambda z, y, *a, **k: seen.append(y) or original(z, y, *a, **k))
-    batches, original_batches = [], common.Run.batches
+        shutil.copy(next((photos / "0").iterdir()), photos / f"extra{i}.png")
+    given = SMALL | {"data": str(photos), "batch_size": 223, "temperature": 0.1, "base_temperature": 0.1}
+    given |= {"optimizer": "sgd", "loss_backend": backend}  # all images in one step
+    metrics, start, views = one_step(supcon, given, tmp_path / "run", monkeypatch)
+    assert "220 images; 3 without one, each a class of its own" in " ".join(capsys.readouterr().out.split())
+    y = start["labels"]
+    assert (y < 0).sum() == 3
+    y = torch.where(y < 0, 1000 + torch.arange(223), y).repeat(2)
+    z = start["model"].embed(torch.cat(views))
+    assert math.isclose(metrics["loss"], supcon.sup_con(z, y, 0.1).item(), rel_tol=1e-5)
+    flags = ["--data", str(photos), "--preset", "demo", "--loss", "cross-entropy"]
+    assert "--loss cross-entropy: 3 images have no label" in refusal(supcon, flags, tmp_path / "run", capsys)
 
-    def watched(self, **given):
-        for index, views in original_batches(self, **given):
-            batches.append((index, self.data.train.labels))
-            yield index, views
 
-    monkeypatch.setattr(common.Run, "batches", watched)
-    given = TINY | {"data": str(photos), "batch_size": 223, "out": str(tmp_path / "run")}  # all images in one step
-    supcon.train(config(**given))
-    assert "3 unlabelled images" in capsys.readouterr().out
-    ids, counts = seen[0].unique(return_counts=True)
-    assert (ids < 0).sum() == 3 and counts[ids < 0].tolist() == [2, 2, 2]  # the two views
-    index, labels = batches[0]
-    named = labels[index] >= 0
-    assert torch.equal(seen[0][:223], seen[0][223:]) and torch.equal(seen[0][:223][named], labels[index][named])
-    with pytest.raises(common.InputError, match="3 images have no label"):
-        supcon.train(config(**given, loss="cross-entropy"))
+def test_data_without_labels_is_one_line(photos, tmp_path, capsys):
+    flat = shutil.copytree(photos / "0", tmp_path / "flat")
+    flags = ["--data", str(flat), "--preset", "demo"]
+    line = refusal(supcon, flags, tmp_path / "run", capsys)
+    assert f"--data {flat}: no two class sub-folders with images; SupCon learns from labels" in line
+    with pytest.raises(common.InputError, match="SupCon learns from labels"):
+        supcon.train(config(**TINY, out=str(tmp_path / "run")), data=torch.zeros(80, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--loss", "triplet"], "--loss"),
-        (["--stage", "3"], "--stage"),
-        (["--stage", "2"], "--stage 2: it needs a finished stage 1"),
-        (["--loss", "cross-entropy", "--stage", "1"], "has one stage"),
-        (["--margin", "2"], "only --loss max-margin"),
-        (["--loss", "max-margin", "--base-temperature", "0.07"], "has no temperature"),
-        (["--loss", "cross-entropy", "--loss-backend", "blocked"], "has no kernel"),
-        (["--temperature", "-1"], "--temperature"),
-        (["--base-temperature", "-1"], "--base-temperature"),
-        (["--margin", "0"], "--margin"),
-        (["--jitter-strength", "9"], "at most 2.5"),
-        (["--batch-size", "1"], "there are no negatives"),
-        (["--loss-backend", "triton"], "--loss-backend"),
-        (["--linear-epochs", "0"], "--linear-epochs"),
+        (["--loss", "triplet"], "argument --loss: invalid choice: 'triplet'"),
+        (
+            ["--loss", "cross-entropy", "--loss-backend", "blocked"],
+            "--loss-backend blocked: cross-entropy has no kernel",
+        ),
+        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
+        (["--base-temperature", "0"], "--base-temperature 0.0: must be above 0"),
+        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
+        (["--batch-size", "1"], "--batch-size 1: there are no negatives"),
+        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
+        (["--stage", "2"], "unknown flag --stage"),
     ],
     ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
 )
 def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monkeypatch):
-    if words == "--loss-backend" and torch.cuda.is_available():
+    if flags[1] == "triton" and torch.cuda.is_available():
         pytest.skip("triton runs here")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert words in refusal(supcon, flags, tmp_path, capsys)
 
 
-def test_data_without_labels_and_an_unfinished_stage_1(photos, few_shapes, tmp_path):
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for i, path in enumerate(sorted((photos / "0").iterdir())):
-        (flat / f"{i}.png").write_bytes(path.read_bytes())
-    with pytest.raises(common.InputError, match="SupCon learns from labels"):
-        supcon.train(config(**TINY, data=str(flat), out=str(tmp_path / "run")))
-    few = tmp_path / "few"
-    for label in "01":
-        (few / label).mkdir(parents=True)
-        for i, path in enumerate(sorted((photos / label).iterdir())[:4]):
-            (few / label / f"{i}.png").write_bytes(path.read_bytes())
-    with pytest.raises(common.InputError, match="no held-out images"):  # fewer than ten of a class
-        supcon.train(config(**TINY | {"batch_size": 4}, data=str(few), out=str(tmp_path / "run")))
-    supcon.train(config(**TINY | {"batch_size": 4}, data=str(few), stage="1", out=str(tmp_path / "run")))
-    supcon.train(config(**TINY, stage="1", out=str(tmp_path / "half")))
-    with pytest.raises(common.InputError, match="has done 1 of 2 epochs"):
-        supcon.train(config(**TINY | {"epochs": 2}, stage="2", resume=True, out=str(tmp_path / "half")))
-
-
-@pytest.mark.parametrize("loss, said", [("out", True), ("cross-entropy", False)])
-def test_two_classes_at_two_points_are_no_failure(loss, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "likeness", lambda z: 1.0)
-    monkeypatch.setattr(common.Run, "SETTLED", 0)
-    for i, picture in enumerate(common.make_shapes(24, 0, 32)[0]):  # ten of a class and more: one is held out
-        path = tmp_path / "two" / str(i % 2) / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
-    c = config(
-        data=str(tmp_path / "two"), loss=loss, stage="1" if said else "both", epochs=1, batch_size=8, knn_every=0
-    )
-    c.out = str(tmp_path / "run")
-    supcon.train(c)
-    out = capsys.readouterr().out
-    assert "the output has collapsed" in out and ("two classes do so when learnt" in out) == said
+def test_without_kernels_the_naive_loss_runs_and_another_is_refused(few_shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(supcon, "kernels", None)
+    supcon.train(config(**TINY, out=str(tmp_path)))
+    assert "sup_con out, naive;" in capsys.readouterr().out
+    assert "the folder kernels/ is not here" in refusal(supcon, ["--loss-backend", "blocked"], tmp_path, capsys)

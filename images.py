@@ -1,0 +1,583 @@
+"""Any set of pictures in, batches of augmented views out. Needs torch, torchvision, Pillow and numpy.
+
+Sections: data sets | decoding | the embedded set | crops | operations on batches.
+
+`load` reads `shapes`, torchvision's sets or a folder; `Images.views` yields batches of crops, each image with a random
+draw of its own; a method's `augment` goes on with the operations below and ends with `normalize`.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # as torchvision's weights are fed
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+SMALLEST_SIDE = 8  # pixels; a smaller picture has nothing to crop and is skipped
+
+
+class DataError(ValueError):
+    """A data set cannot be used as it was given: one line that says why, and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+class Images:
+    """One split of a data set: N images with a label each (-1 where there is none).
+
+    Resident: `images` is a uint8 tensor (N, 3, H, W) on the device. Streamed: `images` is None and worker processes
+    decode `paths`. `sizes` (N, 2) holds each original height and width: crops are drawn in the coordinates of the
+    original picture, also where the resident copy was resized.
+    """
+
+    def __init__(self, images: Tensor | None, paths: Sequence[Path], sizes: Tensor, labels: Tensor, device: Any):
+        self.images, self.paths, self.sizes, self.labels, self.device = images, paths, sizes, labels, device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def views(
+        self, batches: Sequence[Tensor], size: int, count: int = 1, scale: Any = None, seed: int = 0, workers: int = 4
+    ) -> Iterator[list[Tensor]]:
+        """For each batch of indices (B,) yield `count` crops (B, 3, size, size) of its images, float in [0, 1].
+
+        `scale`: the range of a random resized crop's fraction of the area; None: the central view of evaluation. A
+        resident set draws from torch's CPU generator, a streamed one from (`seed`, image): workers change nothing.
+        """
+        if self.images is None:
+            yield from self.stream(batches, size, count, scale, seed, workers)
+            return
+        for index in batches:
+            picked, sizes = self.images[index.to(self.device, non_blocking=True)], self.sizes[index]
+            shrink = (torch.tensor(picked.shape[2:]) / sizes).repeat(1, 2)  # original pixels -> pixels of the copy
+            boxes = [crop_boxes(sizes, size, scale) * shrink for _ in range(count)]
+            yield [crop_resize(picked, box, size) for box in boxes]
+
+    def stream(self, batches, size, count, scale, seed, workers) -> Iterator[list[Tensor]]:
+        """`views` from worker processes, which decode and crop pieces of at most 256 images."""
+        pieces = [[piece.tolist() for piece in batch.split(256)] for batch in batches]
+        loader = torch.utils.data.DataLoader(
+            Streamed(self.paths, size, count, scale, seed),
+            batch_sampler=[piece for batch in pieces for piece in batch],
+            num_workers=min(workers, os.cpu_count() or 1),
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_run,
+            generator=torch.Generator(),  # else it draws from torch's own, and a resumed run draws once more
+        )
+        try:
+            arriving = iter(loader)
+            for batch in pieces:
+                crops = torch.cat([next(arriving).to(self.device, non_blocking=True) for _ in batch])
+                yield [view.float().div_(255) for view in crops.unbind(1)]
+        except DataError as error:  # a worker's, with its traceback in the text
+            raise DataError(str(error).strip().split("DataError: ")[-1]) from None
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too, but the main process needs their batch to stop after a whole step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a second one ends it
+
+
+class Streamed(torch.utils.data.Dataset):
+    """Image index -> uint8 (count, 3, size, size), cropped from the full-resolution picture in a worker process."""
+
+    def __init__(self, paths: Sequence[Path], size: int, count: int, scale: Any, seed: int):
+        self.paths, self.size, self.count, self.scale, self.seed = paths, size, count, scale, seed
+
+    def __getitem__(self, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63)
+        for offset in range(100):
+            path = self.paths[(index + offset) % len(self.paths)]  # the next one stands in for a damaged file
+            try:
+                image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
+                break
+            except Exception as error:
+                print(f"\nwarning: skipped {path}: {reason(error)}", file=sys.stderr)
+        else:
+            raise DataError("a hundred images in a row cannot be decoded; is the folder still there?")
+        sizes, crops = torch.tensor([image.shape[1:]]), []
+        for _ in range(self.count):
+            box = [round(v) for v in crop_boxes(sizes, self.size, self.scale, generator)[0].tolist()]
+            crops.append(TF.resized_crop(image, *box, [self.size, self.size], antialias=True))
+        return torch.stack(crops)
+
+
+@dataclass
+class Data:
+    """A data set ready for use: `train`, and `test` where there are held-out images (labelled or not)."""
+
+    name: str
+    train: Images
+    test: Images | None = None
+    classes: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (file, reason)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are held-out images with labels to evaluate on."""
+        return bool(self.classes) and self.test is not None
+
+    def describe(self) -> str:
+        """Its size, classes by name, what was left out, and where the pictures are."""
+        held = f", {len(self.test):,} held out" if self.test else ", none held out"
+        names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        kinds = f"{len(self.classes)} classes: {names}" if self.classes else "no labels"
+        bad = f"; {len(self.skipped):,} files left out" if self.skipped else ""
+        where, images = "streamed by workers", self.train.images
+        if images is not None:
+            total = (images.nbytes + (self.test.images.nbytes if self.test else 0)) / 1e6
+            where = f"{images.shape[3]}x{images.shape[2]}, resident on {images.device.type}, {total:,.0f} MB"
+        return f"{self.name}: {len(self.train):,} images{held}{bad}; {kinds}; {where}"
+
+
+def load(
+    name: str, image_size: int, device: torch.device, data_dir: str = "data", resident_gb: float = 4, workers: int = 4
+) -> Data:
+    """`shapes`, a set of torchvision's, or a folder. Raises `DataError` when there is nothing usable.
+
+    `image_size`: side of a view in pixels. Above `resident_gb` a folder's pictures are streamed by `workers`.
+    """
+    if name == "shapes":
+        (a, la), (b, lb) = make_shapes(10_000, 0, image_size), make_shapes(2_000, 1, image_size)
+        return Data(name, resident(a, la, device), resident(b, lb, device), list(SHAPES))
+    if name in ("cifar10", "cifar100", "stl10"):
+        return load_torchvision(name, data_dir, device)
+    return load_folder(Path(name), image_size, device, resident_gb, workers)
+
+
+def resident(images: Tensor, labels: Tensor, device: torch.device) -> Images:
+    """A split of uint8 images (N, 3, H, W) that have their original size."""
+    return Images(images.to(device), (), torch.tensor(images.shape[2:]).expand(len(labels), 2), labels, device)
+
+
+def from_tensors(images: Any, labels: Any, device: torch.device) -> Data:
+    """A data set of one's own: uint8 (N, 3, H, W); labels (N,), -1 for none, or None. Every tenth of a class is held
+    out. Raises `DataError` for another shape or type."""
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise DataError(f"data must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if labels is None:
+        return Data("a tensor", resident(images, torch.full((len(images),), -1), device))
+    labels = torch.as_tensor(labels).long()
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"labels must be ({len(images)},), one for each image, got {tuple(labels.shape)}")
+    test, classes = every_tenth(labels), [str(i) for i in range(int(labels.max()) + 1)]
+    parts = [resident(images[mask], labels[mask], device) for mask in (~test, test)]
+    return Data("a tensor", parts[0], parts[1] if len(parts[1]) else None, classes)
+
+
+def every_tenth(labels: Tensor) -> Tensor:
+    """(N,) True for the images that are held out where there is no test set: every tenth of each class."""
+    test = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels[labels >= 0].unique():
+        test[(labels == label).nonzero().squeeze(1)[9::10]] = True
+    return test
+
+
+def load_torchvision(name: str, data_dir: str, device: torch.device) -> Data:
+    """CIFAR-10, CIFAR-100 or STL-10, downloaded; STL-10 trains on its unlabelled images too (label -1)."""
+    stl = name == "stl10"
+    make = getattr(torchvision.datasets, name.upper())
+    splits = [{"split": "train+unlabeled"}, {"split": "test"}] if stl else [{"train": True}, {"train": False}]
+    try:
+        sets = [make(data_dir, download=True, **split) for split in splits]
+    except Exception as error:  # torchvision raises URLError, RuntimeError, OSError, EOFError, ... here
+        raise DataError(
+            f"--data {name}: no files in {data_dir} and the download failed ({reason(error)}); "
+            f"check the network, put the files there, or give a folder of images"
+        ) from None
+    parts = []
+    for data in sets:
+        images = torch.from_numpy(np.ascontiguousarray(data.data))
+        images = images if stl else images.permute(0, 3, 1, 2).contiguous()
+        parts.append(resident(images, torch.as_tensor(data.labels if stl else data.targets).long(), device))
+    return Data(name, *parts, list(sets[0].classes))
+
+
+def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: float, workers: int) -> Data:
+    """A folder of images: `train/` with `test/` or `val/`, class sub-folders, or flat. Unreadable files are skipped.
+
+    Without a test folder every tenth image of each class is held out.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"--data {root}: no such folder; give a folder of images or one of shapes, cifar10, cifar100, stl10"
+        )
+    parts = [root / "train"] if (root / "train").is_dir() else [root]
+    parts += [p for p in (root / "test", root / "val") if parts[0] != root and p.is_dir()][:1]
+    names = sorted(p.name for p in parts[0].iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = {name: i for i, name in enumerate(names)} if len(names) > 1 else {}  # one folder says nothing
+    found = []  # (path, label, split)
+    for split, part in enumerate(parts):
+        labelled = [(path, classes.get(path.relative_to(part).parts[0], -1)) for path in list_images(part)]
+        found += [(p, y, split) for p, y in labelled if not (split and classes and y < 0)]  # a class not trained on
+    if not found:
+        raise DataError(f"--data {root}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
+
+    side, skipped, images = round(image_size * 8 / 7), [], None  # 256 for views of 224
+    sizes = in_threads(picture_size, [path for path, *_ in found], workers, skipped, "checked")
+    found = [item for item, size in zip(found, sizes, strict=True) if size]
+    sizes = [size for size in sizes if size]
+    if found and len(found) * 3 * side * side <= resident_gb * 1e9:
+        same = max(sizes[0]) <= side and len(set(sizes)) == 1
+        fit = sizes[0] if same else (side, side)  # photos of many shapes: the whole picture, squeezed into a square
+        images = torch.empty((len(found), 3, *fit), dtype=torch.uint8)
+        rows = iter(range(len(found)))
+
+        def read(item: tuple[int, Path]) -> tuple[int, int]:
+            pixels, size = decode(item[1], fit)
+            images[item[0]] = torch.from_numpy(pixels).permute(2, 0, 1)
+            return size
+
+        sizes = in_threads(read, [(next(rows), path) for path, *_ in found], workers, skipped, "decoded")
+    for path, why in skipped[:20]:
+        print(f"warning: skipped {path}: {why}", file=sys.stderr)
+    if len(skipped) > 20:
+        print(f"warning: skipped {len(skipped) - 20:,} more like these", file=sys.stderr)
+    good = [i for i, size in enumerate(sizes) if size]
+    if not good:
+        raise DataError(f"--data {root}: none of its {len(skipped):,} images can be decoded")
+
+    labels, split = (torch.tensor([found[i][column] for i in good]) for column in (1, 2))
+    test = every_tenth(labels) if len(parts) == 1 and classes else split == 1
+
+    def part(mask: Tensor) -> Images:
+        keep = [good[i] for i in mask.nonzero().squeeze(1).tolist()]
+        kept = None if images is None else images[keep].to(device)
+        return Images(kept, [found[i][0] for i in keep], torch.tensor([sizes[i] for i in keep]), labels[mask], device)
+
+    if test.all():
+        raise DataError(f"--data {root}: no image left to train on in {parts[0]}")
+    return Data(str(root), part(~test), part(test) if test.any() else None, list(classes), skipped)
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+
+def list_images(root: Path) -> list[Path]:
+    """Every file below `root` named like an image, in a fixed order, through links, without hidden ones."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        down = (f for f in folders if not here.is_relative_to((here / f).resolve()))  # no link back up
+        folders[:] = sorted(f for f in down if not f.startswith("."))
+        names = sorted(f for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith("."))
+        found += [Path(folder) / name for name in names]
+    return found
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) from a file's header. Raises what Pillow does, and ValueError for a picture too small to crop."""
+    with Image.open(path) as image:
+        width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise ValueError(f"{width}x{height} pixels, smaller than {SMALLEST_SIDE}")
+    return height, width
+
+
+def decode(path: Path, fit: tuple[int, int] | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read any picture as uint8 RGB (H, W, 3), upright, with its original (height, width).
+
+    Grey, palette, RGBA, CMYK and 16-bit pictures are converted. `fit` = (height, width) resizes, which lets JPEG
+    decode at a reduced scale. Raises what Pillow raises for a damaged file.
+    """
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1)  # EXIF orientation
+        if fit:
+            image.draft("RGB", (2 * fit[1], 2 * fit[0]))
+        if turned > 1:
+            image = ImageOps.exif_transpose(image)
+            width, height = (height, width) if turned >= 5 else (width, height)
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
+        image = image.convert("RGB")
+        if fit and image.size != (fit[1], fit[0]):
+            image = image.resize((fit[1], fit[0]), Image.Resampling.BILINEAR)  # with antialiasing
+        return np.array(image), (height, width)
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0] or repr(error)
+
+
+def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str) -> list:
+    """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted in
+    `skipped` by its path. Progress in a terminal, and a line when it took more than two seconds."""
+
+    def one(item: Any) -> Any:
+        try:
+            return work(item)
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            skipped.append((str(item[1] if isinstance(item, tuple) else item), reason(error)))
+
+    started, live, out = time.monotonic(), sys.stdout.isatty(), []
+    with ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+        for result in pool.map(one, items):
+            out.append(result)
+            if live and len(out) % 500 == 0:
+                print(f"\r{verb} {len(out):,} of {len(items):,} images ", end="", flush=True)
+    seconds = time.monotonic() - started
+    print("\r\x1b[K" * live + f"{verb} {len(items):,} images in {seconds:.1f} s\n" * (seconds > 2), end="", flush=True)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------- the embedded set
+
+
+def polygon(corners: int, *radii: float) -> list[tuple[float, float]]:
+    """Corners (x, y) at equal angles around the origin, at these radii in turn."""
+    at = [(radii[i % len(radii)], 2 * math.pi * i / corners) for i in range(corners)]
+    return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in at]
+
+
+SHAPES = {  # outlines of about the same area
+    "disc": polygon(40, 0.8),
+    "ring": polygon(40, 1.0),  # with a hole
+    "half-disc": [(x, y - 0.45) for x, y in polygon(40, 1.13) if y > -0.01],
+    "triangle": polygon(3, 1.24),
+    "square": polygon(4, 1.0),
+    "bar": [(1.3, 0.38), (-1.3, 0.38), (-1.3, -0.38), (1.3, -0.38)],
+    "star": polygon(10, 1.35, 0.57),
+    "plus": [(0.32, 0.32), (0.32, 1.1), (-0.32, 1.1), (-0.32, 0.32), (-1.1, 0.32), (-1.1, -0.32)]
+    + [(-0.32, -0.32), (-0.32, -1.1), (0.32, -1.1), (0.32, -0.32), (1.1, -0.32), (1.1, 0.32)],
+    "L": [(-0.5, -0.7), (0.1, -0.7), (0.1, 0.6), (1.0, 0.6), (1.0, 1.2), (-0.5, 1.2)],
+    "arrow": [(1.2, 0.0), (0.0, 1.0), (0.0, 0.36), (-1.1, 0.36), (-1.1, -0.36), (0.0, -0.36), (0.0, -1.0)],
+}
+
+
+COLOURS = (0.2, 0.3, 0.45), (0.85, 0.65, 0.3)  # of the ground and of the shape, before the light
+
+
+def make_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Draw `n` images of ten kinds of shapes: uint8 (n, 3, size, size) and labels (n,), the same for the same seed.
+
+    The class is the shape. Its place, size, rotation, the light on it and on the ground, and noise are nuisance, in the
+    measure that crops and colour jitter hide: what they leave is what a method will learn.
+    """
+    rng = np.random.default_rng(seed)
+    labels, side = np.arange(n) % len(SHAPES), max(128, size)
+    radius, tilt, centre = rng.uniform(0.2, 0.28, n), rng.uniform(0, 2 * math.pi, n), rng.uniform(0.4, 0.6, (n, 2))
+    cover = np.empty((n, 1, size, size), np.float32)  # how much of a pixel the shape covers
+    for i, name in enumerate(np.array(list(SHAPES))[labels]):
+        turn = radius[i] * np.array([[math.cos(tilt[i]), math.sin(tilt[i])], [-math.sin(tilt[i]), math.cos(tilt[i])]])
+        canvas = Image.new("L", (side, side))
+        for scale, ink in ((1.0, 255), (0.6, 0)) if name == "ring" else ((1.0, 255),):
+            corners = (centre[i] + scale * np.array(SHAPES[name]) @ turn) * side
+            ImageDraw.Draw(canvas).polygon(corners.flatten().tolist(), fill=ink)
+        cover[i, 0] = np.asarray(canvas.resize((size, size), Image.Resampling.BOX)) / 255
+    light = rng.uniform(0.9, 1.1, (2, n, 1, 1, 1)).astype(np.float32)
+    ground, figure = (light[k] * np.array(c, np.float32)[:, None, None] for k, c in enumerate(COLOURS))
+    noise = 0.12 * rng.standard_normal((n, 3, size, size), np.float32)
+    pixels = ((ground + (figure - ground) * cover + noise).clip(0, 1) * 255).round().astype(np.uint8)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- crops
+
+
+def crop_boxes(sizes: Tensor, size: int, scale: Any, generator: torch.Generator | None = None) -> Tensor:
+    """Boxes (N, 4) = top, left, height, width in pixels of pictures of `sizes` (N, 2), height and width.
+
+    `scale` None: the central square that evaluation uses, of 7/8 of the short side for views above 64 pixels. Else
+    random resized crops with `scale` the range of the area's fraction and a ratio of 3/4 to 4/3, drawn as torchvision
+    does: of ten tries for each image the first that fits; else the central crop of the nearest allowed ratio.
+    """
+    sizes = sizes.float()
+    if scale is None:
+        short = sizes.amin(1, keepdim=True)
+        side = torch.where(short > size, short * 7 / 8, short) if size > 64 else short
+        return torch.cat([(sizes - side) / 2, side, side], 1)
+    height, width = sizes[:, :1], sizes[:, 1:]
+    u = torch.rand(3, len(sizes), 10, generator=generator)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
+    ratio = (4 / 3) ** (2 * u[1] - 1)  # uniform in the logarithm
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
+    w = torch.where(none, torch.minimum(width, (height * 4 / 3).round()), w.gather(1, first))
+    h = torch.where(none, torch.minimum(height, (width * 4 / 3).round()), h.gather(1, first))
+    room = torch.cat([height - h, width - w], 1)
+    corner = (u[2, :, :2] * (room + 1)).floor().minimum(room)
+    return torch.cat([torch.where(none, (room / 2).floor(), corner), h, w], 1)
+
+
+def resize_weights(start: Tensor, length: Tensor, n_in: int, n_out: int) -> Tensor:
+    """Weights (N, n_out, n_in) of antialiased bilinear resizing of pixels [start, start + length) to n_out pixels."""
+    length = length.clamp(min=1)[:, None, None]
+    start = torch.minimum(start[:, None, None], n_in - length)
+    scale = length / n_out
+    here = torch.arange(n_in, device=start.device) + 0.5
+    centre = start + (torch.arange(n_out, device=start.device)[:, None] + 0.5) * scale
+    weight = (1 - (here - centre).abs() / scale.clamp(min=1)).clamp_(min=0)
+    weight *= (here >= start) & (here < start + length)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def along_both_sides(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows_n image_n columns_n^T, channel by channel: (N, 3, H, W), (N, P, H), (N, Q, W) -> (N, 3, P, Q)."""
+    n, c, h, w = images.shape
+    x = images.permute(0, 2, 1, 3).to(rows.dtype).reshape(n, h, c * w)
+    x = torch.bmm(rows, x).view(n, -1, w)  # (N, P * 3, W)
+    x = torch.bmm(x, columns.transpose(1, 2))  # (N, P * 3, Q)
+    return x.view(n, rows.shape[1], c, -1).transpose(1, 2)
+
+
+def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crop box n from image n and resize it, antialiased, to (N, 3, size, size) float in [0, 1].
+
+    `images` uint8 or float (N, 3, H, W); `boxes` (N, 4) = top, left, height, width in pixels.
+    """
+    top, left, height, width = boxes.to(images.device, non_blocking=True).float().unbind(1)
+    rows = resize_weights(top, height, images.shape[2], size)
+    if images.dtype == torch.uint8:
+        rows = rows / 255
+    return along_both_sides(images, rows, resize_weights(left, width, images.shape[3], size)).contiguous()
+
+
+# ------------------------------------------------------------------------------------------ operations on batches
+#
+# Each takes float images (N, 3, H, W) in [0, 1] and draws, or is given, parameters of its own for every image, on the
+# CPU (so no step waits for the device). It equals torchvision's functional op with the same parameters.
+
+
+def where(x: Tensor, mask: Tensor, op: Callable[..., Tensor], *per_image: Tensor) -> Tensor:
+    """Apply `op`, with its parameters (N,), to the images whose CPU `mask` (N,) is True; changes `x` in place."""
+    index = mask.nonzero().squeeze(1)
+    if len(index) == 0:
+        return x
+    there = index.to(x.device, non_blocking=True)
+    picked = [p[index].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for p in per_image]
+    return x.index_copy_(0, there, op(x.index_select(0, there), *picked))
+
+
+def sometimes(x: Tensor, p: float, op: Callable[..., Tensor], *settings: float) -> Tensor:
+    """Apply `op` with these settings to each image with probability `p`; changes `x` in place."""
+    return where(x, torch.rand(len(x)) < p, lambda y: op(y, *settings)) if p > 0 else x
+
+
+def flip(x: Tensor) -> Tensor:
+    """Mirror left and right."""
+    return x.flip(-1)
+
+
+def luma(x: Tensor) -> Tensor:
+    """Grey level of (N, 3, H, W) as (N, 1, H, W), torchvision's weights."""
+    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+def grey(x: Tensor) -> Tensor:
+    """Drop the colours: three equal channels."""
+    return luma(x).expand_as(x)
+
+
+def brightness(x: Tensor, f: Tensor) -> Tensor:
+    """clamp(f x), f (N, 1, 1, 1)."""
+    return (x * f).clamp_(0, 1)
+
+
+def contrast(x: Tensor, f: Tensor) -> Tensor:
+    """clamp(f x + (1 - f) times the mean grey level of the picture)."""
+    return torch.lerp(luma(x).mean((2, 3), keepdim=True), x, f).clamp_(0, 1)
+
+
+def saturation(x: Tensor, f: Tensor) -> Tensor:
+    """clamp(f x + (1 - f) times the grey picture)."""
+    return torch.lerp(luma(x), x, f).clamp_(0, 1)
+
+
+def hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hue by `turns` (N, 1, 1, 1) in [-0.5, 0.5]: to HSV and back.
+
+    With V the largest channel, C the chroma and H the hue in turns, each channel of the result is
+    V - C clamp(2 - |6 frac(H + offset) - 2|, 0, 1).
+    """
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    sixth = torch.where(value == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
+    sixth = torch.where(value == r, g - b, sixth).div_(chroma.clamp(min=1e-12))
+    angle = sixth.div_(6).add_(1 + turns[:, 0])  # > 0, so frac is the remainder
+    out = torch.empty_like(x)
+    for channel, offset in enumerate((5 / 6, 3 / 6, 1 / 6)):
+        k = (angle + offset).frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+        torch.addcmul(value, chroma, k, value=-1, out=out[:, channel])
+    return out
+
+
+def color_jitter(x: Tensor, b: float, c: float, s: float, h: float) -> Tensor:
+    """Brightness, contrast, saturation by factors in 1 -+ (b, c, s), hue by up to h turns, in an order of its own for
+    every image, as torchvision's ColorJitter draws them; h <= 0.5. Changes `x` in place."""
+    n = len(x)
+    factors = [torch.empty(n).uniform_(max(0.0, 1 - width), 1 + width) for width in (b, c, s)]
+    factors.append(torch.empty(n).uniform_(-h, h))
+    order = torch.rand(n, 4).argsort(1)
+    for slot in range(4):
+        for kind, op in enumerate((brightness, contrast, saturation, hue)):
+            x = where(x, order[:, slot] == kind, op, factors[kind])
+    return x
+
+
+def gaussian_blur(x: Tensor, low: float = 0.1, high: float = 2.0) -> Tensor:
+    """Blur with sigma uniform in low to high pixels, by a kernel of a tenth of the side, odd (SimCLR, appendix A)."""
+    return blur(x, torch.empty(len(x)).uniform_(low, high), max(3, x.shape[-1] // 10 // 2 * 2 + 1))
+
+
+def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Blur with a Gaussian of `sigma` (N,) pixels over an odd `kernel_size`, borders reflected."""
+    half = kernel_size // 2
+    kernel = torch.exp(-0.5 * (torch.arange(-half, half + 1) / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device, non_blocking=True)  # (N, kernel_size)
+
+    def matrix(side: int) -> Tensor:  # the convolution as a banded matrix (N, side, side)
+        position = torch.arange(side)[:, None] + torch.arange(-half, half + 1)
+        position = (side - 1) - ((side - 1) - position.abs()).abs()  # reflect without repeating the edge
+        band = F.one_hot(position, side).float().permute(1, 0, 2).flatten(1).to(x.device, non_blocking=True)
+        return (kernel @ band).view(-1, side, side)
+
+    return along_both_sides(x, matrix(x.shape[2]), matrix(x.shape[3]))
+
+
+def solarize(x: Tensor) -> Tensor:
+    """Invert what is at or above one half."""
+    return torch.where(x >= 0.5, 1 - x, x)
+
+
+def rotate(x: Tensor, quarters: Tensor | None = None) -> Tensor:
+    """Turn each image counter-clockwise by `quarters` (N,) times 90 degrees, or by a random one; in place."""
+    quarters = torch.randint(4, (len(x),)) if quarters is None else quarters
+    for k in (1, 2, 3):
+        x = where(x, quarters == k, lambda y, k=k: y.rot90(k, (2, 3)))
+    return x
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Take torchvision's mean off and divide by its deviation, channel by channel; changes `x` in place."""
+    mean, std = (v.to(x.device, non_blocking=True).view(3, 1, 1) for v in (MEAN, STD))
+    return x.sub_(mean).div_(std)
+
+
+def denormalize(x: Tensor) -> Tensor:
+    """`normalize` undone: pictures in [0, 1] to look at."""
+    return (x.float().cpu() * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)).clamp_(0, 1)
