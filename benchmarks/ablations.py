@@ -5,17 +5,20 @@
     python benchmarks/ablations.py moco.momentum       one table
     python benchmarks/ablations.py --seeds 0 1 2       each row three times: the mean, and from ... to of kNN
     python benchmarks/ablations.py moco --jobs 2       two runs at a time, one core each
+    python benchmarks/ablations.py demos --seeds 0 1 2 3 4 --threads 1 2     the demos as they are: worst and best
+    python benchmarks/ablations.py demos.byol --threads 2                    one of them
 
 Prints each table as it is done and writes it to --out as CSV, the tables of collapses as a picture too (of the first
 seed); exits 1 when a run failed. kNN is that of h on the held-out images after the last epoch; loss, std, rank and
 cos2 are the last epoch's: std over its healthy value 1/sqrt(d), cos2 the mean squared cosine of the outputs of two
 images, which is 1 when all lie on one line. A row that an earlier table had, such as the default, is not run again.
+What takes more than a flag is a script of its own: simsiam_section5.py, max_margin.py, augmentations.py.
 """
 
 import argparse
 import csv
 import importlib
-import json
+import math
 import os
 import shlex
 import subprocess
@@ -27,27 +30,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = 8  # steps between two points of a picture
 COLUMNS = ("flags", "kNN", "loss", "std", "rank", "cos2", "seconds")
+DEMOS = ("simclr", "moco", "byol", "simsiam", "supcon")
 
 # method -> table -> (what it asks, flags of every row, rows)
 TABLES = {
     "moco": {
         "momentum": (
             "m of the key encoder (MoCo, section 4.1: 0 fails; 0.9 55.2, 0.99 57.8, 0.999 59.0, 0.9999 58.9)",
-            "--epochs 6",
+            "",
             ["--momentum 0", "--momentum 0.9", "--momentum 0.99", "--momentum 0.999"],
         ),
         "shuffling": (
             "what BN gives away (MoCo, section 3.3: without shuffling the pretext task is solved early, and h suffers)",
-            "--epochs 20",
-            [
-                "--bn-splits 1",
-                "--bn-splits 8 --no-shuffle-bn",
-                "--bn-splits 8 --shuffle-bn",
-            ],
+            "",
+            ["--bn-splits 1", "--bn-splits 8 --no-shuffle-bn", "--bn-splits 8 --shuffle-bn"],
         ),
         "mechanism": (
             "where keys come from (MoCo, figure 3: the queue is ahead at equal K, end-to-end ends at K = N)",
-            "--epochs 20",
+            "",
             ["--mechanism queue", "--mechanism end-to-end", "--mechanism memory-bank"],
         ),
     },
@@ -73,7 +73,7 @@ TABLES = {
         "predictor-lr": (
             "the predictor's learning rate (SimSiam, table 1: decayed 67.7, constant 68.1)",
             "",
-            ["", "--predictor-lr constant"],
+            ["", "--predictor-lr decayed"],
         ),
         "batch-size": (
             "N, 64 by default, the learning rate scaled with it (SimSiam, table 2: 64 66.1, 128 67.3, 256 68.1, 512 "
@@ -87,19 +87,17 @@ TABLES = {
             ["", "--similarity cross-entropy"],
         ),
         "symmetry": (
-            "which views are predicted (SimSiam, section 4.6: 68.1, asymmetric 64.8, with twice the pairs 67.3)",
+            "which views are predicted (SimSiam, section 4.6: 68.1, one direction 64.8)",
             "",
-            ["", "--symmetry asymmetric", "--symmetry asymmetric-2x"],
+            ["", "--no-symmetric"],
         ),
-        "alternation": (
-            "targets of k steps computed before them (SimSiam, section 5.2: 1 68.1, 10 68.7, 100 68.9, an epoch 67.0)",
+    },
+    "supcon": {
+        "loss": (
+            "what learns from the labels (SupCon, table 2, CIFAR-10: 96.0, cross-entropy 95.0; section 3.2: in is "
+            "worse than out)",
             "",
-            ["", *(f"--alternate-every {k}" for k in (10, 100, 0))],
-        ),
-        "expectation": (
-            "a moving average of each image's z in place of the predictor (SimSiam, section 5.2: 55.0; neither: 0.1)",
-            "",
-            ["", "--target moving-average", "--predictor none"],
+            ["", "--loss in", "--loss cross-entropy"],
         ),
     },
 }
@@ -111,35 +109,64 @@ def traced(method: str, argv: list[str]) -> None:
     sys.path.insert(0, str(ROOT))
     import common
 
-    script, after, rows = importlib.import_module(method), common.Run.after_step, []
+    script, log, rows = importlib.import_module(method), common.Run.log, []
 
-    def after_step(run, loss, z, lr, *views):
+    def traced_log(run, loss, z, *views):
         if run.step % EVERY == 0 or run.step + 1 == run.total:
-            rows.append((run.step, loss.item(), float(common.feature_std(z)), common.likeness(z)))
-        after(run, loss, z, lr, *views)
+            std = common.feature_std(z) * math.sqrt(run.dim)
+            rows.append((run.step, loss.item(), std, common.cos2(z)))
+        log(run, loss, z, *views)
 
-    common.Run.after_step = after_step
+    common.Run.log = traced_log
     with common.exit_status():
         config = common.parse_args(script.Config, argv)
         script.train(config)
         with (Path(config.out) / "trace.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("step", "loss", "feature_std", "likeness"), *rows])
+            csv.writer(file).writerows([("step", "loss", "std", "cos2"), *rows])
 
 
-def measure(method: str, flags: str, out: Path, threads: int) -> dict[str, float] | str:
-    """Run the script once; the figures of COLUMNS, or why it failed."""
-    command = [sys.executable, __file__, "--traced", method, "--knn-every", "1000000", *shlex.split(flags)]
+def last_row(path: Path) -> dict[str, float]:
+    """The last row of a CSV file; NaN where it is empty."""
+    return {name: float(value or "nan") for name, value in list(csv.DictReader(path.open()))[-1].items()}
+
+
+def measure(command: list[str], said: str, out: Path, threads: int) -> dict[str, float] | str:
+    """Run a method's script once, into `out`; the figures of COLUMNS that it has, or why it failed."""
     env, started = os.environ | {"OMP_NUM_THREADS": str(threads)}, time.monotonic()
-    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     seconds = time.monotonic() - started
-    print(f"{seconds:4.0f} s  {method}.py {flags}" + "  failed" * bool(done.returncode), file=sys.stderr)
+    print(f"{seconds:4.0f} s  {said}" + "  failed" * bool(done.returncode), file=sys.stderr)
     if done.returncode:
-        return done.stderr.strip().split("\n")[-1]
-    row, trace = (list(csv.DictReader((out / name).open()))[-1] for name in ("log.csv", "trace.csv"))
-    dim = json.loads((out / "config.json").read_text())["projection_dim"]
-    std, knn = float(row["feature_std"]) * dim**0.5, float(row["knn_top1"] or "nan")
-    found = {"kNN": knn, "loss": float(row["loss"]), "std": std, "rank": float(row["effective_rank"])}
-    return found | {"cos2": float(trace["likeness"]), "seconds": seconds}
+        return (done.stderr.strip() or "killed").split("\n")[-1]
+    row = last_row(out / "log.csv")
+    found = {"kNN": row["knn_top1"], "loss": row["loss"], "rank": row["effective_rank"], "seconds": seconds}
+    return found | (last_row(out / "trace.csv") if (out / "trace.csv").exists() else {})
+
+
+def demos(methods: list[str], seeds: list[int], threads: list[int], out: Path) -> int:
+    """Each demo by its own command, one at a time: a row a run as it ends, and the table. Returns how many failed."""
+    found = {}
+    for method in methods:
+        for count in threads:
+            for seed in seeds:
+                command, folder = f"{method}.py --seed {seed}", out / f"{method}-{count}-threads-seed-{seed}"
+                figures = measure(shlex.split(command), f"{command}, {count} thread(s)", folder, count)
+                found.setdefault((method, count), []).append(figures)
+                whole = isinstance(figures, dict)
+                said = f"{figures['kNN']:.3f} | {figures['seconds']:.0f}" if whole else f"failed | {figures}"
+                print(f"{method} | {count} | {seed} | {said}", flush=True)
+    seeds_said = f"seeds {', '.join(map(str, seeds))}"
+    print(f"\ndemos: `python METHOD.py --seed S`, {seeds_said}; {os.cpu_count()} cores\n")
+    print("| method | threads | worst kNN | best kNN | seconds |\n|---|---|---|---|---|")
+    for (method, count), runs in found.items():
+        whole = [figures for figures in runs if isinstance(figures, dict)]
+        line = [f"{pick(f['kNN'] for f in whole):.3f}" for pick in (min, max)] if whole else ["", ""]
+        line += [" to ".join(f"{pick(f['seconds'] for f in whole):.0f}" for pick in (min, max))] if whole else [""]
+        line[0] += f" ({len(runs) - len(whole)} failed)" * (len(whole) < len(runs))
+        print(f"| {method} | {count} | " + " | ".join(line) + " |", flush=True)
+    return sum(isinstance(figures, str) for runs in found.values() for figures in runs)
 
 
 def cells(row: str, found: list[dict[str, float] | str]) -> list[str]:
@@ -162,20 +189,18 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
         print(f"no {path}: matplotlib is not installed")
         return
     figure = Figure(figsize=(14, 3.2), layout="constrained")
-    panels = {"loss": ("trace.csv", "loss"), "std / healthy": ("trace.csv", "feature_std")}
-    panels |= {"squared cosine of two images": ("trace.csv", "likeness"), "kNN top-1 of h": ("log.csv", "knn_top1")}
+    panels = {"loss": ("trace.csv", "loss"), "std / healthy": ("trace.csv", "std")}
+    panels |= {"squared cosine of two images": ("trace.csv", "cos2"), "kNN top-1 of h": ("log.csv", "knn_top1")}
     for axes, (title, (file, column)) in zip(figure.subplots(1, 4), panels.items(), strict=True):
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             rows = [row for row in csv.DictReader((run / file).open()) if row[column]]
-            config = json.loads((run / "config.json").read_text())
-            scale = config["projection_dim"] ** 0.5 if column == "feature_std" else 1.0
-            x, y = [int(next(iter(row.values()))) for row in rows], [float(row[column]) * scale for row in rows]
+            x, y = [int(next(iter(row.values()))) for row in rows], [float(row[column]) for row in rows]
             style = "-" if i == 0 else ("--", ":", "-.")[i % 3]
             axes.plot(x, y, marker="." * (file == "log.csv"), linestyle=style, label=name or "default", linewidth=1.2)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=title, xlabel="epoch" if file == "log.csv" else "step")
         axes.grid(alpha=0.3)
-        if column in ("feature_std", "likeness"):
+        if column in ("std", "cos2"):
             axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=80)
@@ -183,28 +208,34 @@ def draw(runs: list[Path], names: list[str], path: Path) -> None:
 
 def main() -> int:
     names = [f"{method}.{name}" for method, tables in TABLES.items() for name in tables]
+    names += [f"demos.{method}" for method in DEMOS]
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="tables: " + ", ".join(names),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", nargs="*", help="method or method.table (default: all)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each of these (default 0)")
-    parser.add_argument("--more", default="", help='flags added to every row, such as --more "--epochs 8"')
-    parser.add_argument("--out", default="runs/ablations", help="folder of the runs and the CSV files")
+    add = parser.add_argument
+    add("table", nargs="*", help="method, method.table, demos or demos.method (default: all)")
+    add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1; demos: always 1)")
+    add("--seeds", type=int, nargs="+", default=[0], help="run each row with each of these (default 0)")
+    add("--threads", type=int, nargs="+", help="of a run (default: the cores over --jobs); demos: with each of these")
+    add("--more", default="", help='flags added to every row but the demos, such as --more "--epochs 8"')
+    add("--out", default="runs/ablations", help="folder of the runs and the CSV files")
     args = parser.parse_args()
     wanted = [full for full in names if not args.table or {full, full.split(".")[0]} & set(args.table)]
-    if wrong := set(args.table) - {*names, *TABLES}:
-        parser.error(f"no table {', '.join(sorted(wrong))}; take some of {', '.join([*TABLES, *names])}")
+    if wrong := set(args.table) - {*names, *TABLES, "demos"}:
+        parser.error(f"no table {', '.join(sorted(wrong))}; take some of {', '.join([*TABLES, 'demos', *names])}")
     if "--seed" in args.more:
         parser.error('--more "--seed ...": give --seeds')
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: give 1 or more")
-    threads, failed = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs)), 0
+    if min(args.jobs, *(args.threads or [1])) < 1:
+        parser.error("--jobs and --threads: give 1 or more")
+    many = args.threads or [int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // args.jobs))]
+    threads, failed = many[0], 0
     known = {}  # (method, flags) -> (folder, figures): the default stands in many tables
     for full in wanted:
         method, name = full.split(".")
+        if method == "demos":
+            continue
         question, shared, rows = TABLES[method][name]
         shared, started = f"{shared} {args.more}".strip(), time.monotonic()
         out = Path(args.out).resolve() / full
@@ -214,7 +245,9 @@ def main() -> int:
                 for seed in args.seeds:
                     key, folder = (method, f"{row} {shared} --seed {seed}"), out / f"{i}-seed-{seed}"
                     if key not in known:
-                        known[key] = folder, pool.submit(measure, *key, folder, threads)
+                        command = ["benchmarks/ablations.py", "--traced", method, "--knn-every", "1000000"]
+                        command += shlex.split(key[1])
+                        known[key] = folder, pool.submit(measure, command, f"{method}.py {key[1]}", folder, threads)
         runs = [[known[method, f"{row} {shared} --seed {seed}"] for seed in args.seeds] for row in rows]
         table = [cells(row, [job.result() for _, job in run]) for row, run in zip(rows, runs, strict=True)]
         failed += sum(line[1] == "failed" for line in table)
@@ -233,6 +266,8 @@ def main() -> int:
             f"{os.cpu_count()} cores",
             flush=True,
         )
+    if chosen := [full.split(".")[1] for full in wanted if full.startswith("demos.")]:
+        failed += demos(chosen, args.seeds, many, Path(args.out).resolve() / "demos")
     return 1 if failed else 0
 
 

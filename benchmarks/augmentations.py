@@ -1,0 +1,120 @@
+"""SimCLR's figure 5: which augmentations, alone or two in a row, make a task worth learning.
+
+    python benchmarks/augmentations.py                                  the matrix of all seven: 49 demos
+    python benchmarks/augmentations.py --ops crop color                 four runs: each alone, and both in either order
+    python benchmarks/augmentations.py --data /my/photos --backbone resnet18         any flag of simclr.py
+
+Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 3.1. Both views of an image are one and the same
+random crop; one branch is augmented further by the cell's operations, the other is left as it is. A cell is linear
+top-1 of the frozen h; its row's operation comes first, its column's second, and the diagonal is one operation alone.
+The paper finds that none suffices alone, and that crop with colour stands out. The strengths of cutout, noise and
+rotation are not in the paper: here a square of half the side, sigma up to 0.1, and quarter turns (figure 4).
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import simclr
+from benchmarks import table
+from images import color_jitter, crop_boxes, crop_resize, gaussian_blur, grey, normalize, rotate, sometimes
+from linear_eval import gaussian_noise, sobel
+from simclr import Config
+
+
+def crop(x: Tensor, config: Config) -> Tensor:
+    """Another random crop, of the crop."""
+    sizes = torch.tensor(x.shape[2:]).expand(len(x), 2)
+    return crop_resize(x, crop_boxes(sizes, config.image_size, (config.crop_min_scale, 1.0)), config.image_size)
+
+
+def cutout(x: Tensor, centre: Tensor, side: float = 0.5) -> Tensor:
+    """Black out a square of `side` times the picture's around `centre` (N, 2) in [0, 1], cut off at the border."""
+    inside = []
+    for axis, n in enumerate(x.shape[2:]):
+        start = (centre[:, axis] * n).floor() - round(n * side) // 2
+        here = torch.arange(n)
+        inside.append((here >= start[:, None]) & (here < start[:, None] + round(n * side)))
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return x * ~hole.to(x.device)
+
+
+def color(x: Tensor, config: Config) -> Tensor:
+    """Appendix A: jitter, then drop the colours."""
+    s = config.jitter_strength
+    return sometimes(sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), 0.2, grey)
+
+
+OPS = {  # each takes x (N, 3, S, S) in [0, 1], with a draw of its own for every image, and may change it in place
+    "crop": crop,
+    "cutout": lambda x, _: cutout(x, torch.rand(len(x), 2)),
+    "color": color,
+    "sobel": lambda x, _: sobel(x).contiguous(),  # three channels of their own, to be changed in place
+    "noise": lambda x, _: gaussian_noise(x, torch.empty(len(x), 1, 1, 1).uniform_(0, 0.1).to(x.device)),
+    "blur": lambda x, _: sometimes(x, 0.5, gaussian_blur),  # appendix A
+    "rotate": lambda x, _: rotate(x),
+}
+
+
+def one_branch(x: Tensor, ops: list[str], config: Config) -> tuple[Tensor, Tensor]:
+    """t(x) and x of the shared crop x (N, 3, S, S) in [0, 1], t the operations in their order; both normalised."""
+    t = x.clone()
+    for op in ops:
+        t = OPS[op](t, config)
+    return normalize(t), normalize(x)
+
+
+def train(config: Config, ops: list[str]) -> dict[str, Any]:
+    """`simclr.train` with the views of `one_branch`; the metrics, with the linear classifier's on the frozen h."""
+    device, data = common.start(config)
+    common.ensure(data.labelled, f"--data {data.name}: no held-out images with labels to report on")
+    model = simclr.SimCLR(config).to(device, memory_format=torch.channels_last)
+    network = common.network_for(model, config, device)
+    lr = config.lr * config.batch_size / 256
+    weights = common.parameter_groups(model, config.weight_decay)
+    optimizer = (common.LARS if config.optimizer == "lars" else torch.optim.SGD)(weights, lr=lr, momentum=0.9)
+    run = common.Run(config, data, device, model=model, optimizer=optimizer)
+    run.header(views=f"one crop; one branch has {', then '.join(ops)}")
+    for _ in run.epochs():
+        for _, (x,) in run.batches(views=1, scale=(config.crop_min_scale, 1.0)):
+            x1, x2 = one_branch(x, ops, config)
+            common.set_lr(optimizer, common.cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
+            z1, z2 = network(x1, x2)
+            loss = simclr.nt_xent(z1.float(), z2.float(), config.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss, z1, x1, x2)
+        run.end_epoch()
+    return run.finish() | table.linear(config)
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Run the cells that the command line asks for; print and return the matrix."""
+    flags = table.parser(__doc__, "augmentations")
+    flags.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="of the matrix (default: all seven)")
+    args, rest = flags.parse_known_args(argv)
+    base, lines = table.base_config(Config, rest, ("blur", "lr_scaling")), []
+    for first in args.ops:
+        cells = [[first] if first == second else [first, second] for second in args.ops]
+        line = []
+        for ops in cells:
+            name, found = ", ".join(ops), []
+            for seed in args.seeds:
+                config = table.changed(base, seed=seed, out=f"{args.out}/{'-'.join(ops)}-seed-{seed}")
+                found.append(table.run(f"{name}, seed {seed}", lambda c=config, ops=ops: train(c, ops))["linear_top1"])
+            line.append(table.over_seeds(found))
+        lines.append([first, *line])
+    matrix = table.markdown(["first, then", *args.ops], lines)
+    print(f"\npython simclr.py {' '.join(rest)}, one branch, seeds {', '.join(map(str, args.seeds))}\n\n{matrix}")
+    return matrix
+
+
+if __name__ == "__main__":
+    with common.exit_status():
+        main()

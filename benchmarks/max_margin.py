@@ -1,0 +1,105 @@
+"""SupCon against its two baselines (table 2): cross-entropy, and the large-margin softmax of Liu et al. 2016.
+
+    python benchmarks/max_margin.py                                     every row, by the demo's recipe of supcon.py
+    python benchmarks/max_margin.py --rows supcon "max-margin, m = 4" --seeds 0 1 2 --epochs 5
+    python benchmarks/max_margin.py --data /my/photos --backbone resnet18            any flag of supcon.py
+
+Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, table 2; Liu, Wen, Yu, Yang, ICML 2016,
+https://arxiv.org/abs/1612.02295. Of h (N, d), a linear classifier W without bias and the true class y, the logit
+|w_y| |h| cos(a), a the angle between the two, becomes smaller, so that h has to be nearer to w_y than to any other w:
+
+    |w_y| |h| (lam cos(a) + psi(a)) / (lam + 1)                                                     (equation 9)
+    psi(a) = (-1)^k cos(m a) - 2k    on k pi / m <= a <= (k + 1) pi / m                              (equation 6)
+
+The baselines have no projection head and see both views, so an epoch costs the same. All rows are judged alike, by kNN
+and linear_eval.py's linear classifier on the frozen h. The paper's figures: CIFAR-10, ResNet-50, 1000 epochs.
+"""
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import supcon
+from benchmarks.table import changed, compare, linear, parser
+from supcon import Config, augment
+
+
+def large_margin(h: Tensor, w: Tensor, labels: Tensor, m: int, lam: float) -> Tensor:
+    """Logits (N, C) of h (N, d) under w (C, d), that of the true class by equation 9; labels (N,). m = 1: no margin."""
+    logits = h @ w.T
+    norm = (h.norm(dim=1) * w.norm(dim=1)[labels]).clamp(min=1e-12)  # (N,)
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    cos = (true / norm).clamp(-1, 1)
+    # cos(m a) is the Chebyshev polynomial T_m of cos(a): T_{m+1} = 2 cos(a) T_m - T_{m-1}
+    before, chebyshev = torch.ones_like(cos), cos
+    for _ in range(m - 1):
+        before, chebyshev = chebyshev, 2 * cos * chebyshev - before
+    k = (m * cos.detach().acos() / math.pi).floor().clamp(max=m - 1)
+    psi = (1 - 2 * (k % 2)) * chebyshev - 2 * k
+    return logits.scatter(1, labels[:, None], ((lam * true + norm * psi) / (lam + 1))[:, None])
+
+
+def margin_loss(h: Tensor, w: Tensor, labels: Tensor, m: int, progress: float) -> Tensor:
+    """Cross-entropy of `large_margin`. lam falls from 1000 to 0.001 as `progress` goes from 0 to 1: the paper lets it
+    fall "gradually", the pace is ours."""
+    return F.cross_entropy(large_margin(h, w, labels, m, 10 ** (3 - 6 * progress)), labels)
+
+
+def train(config: Config, m: int) -> dict[str, Any]:
+    """`supcon.train` of the cross-entropy baseline, its classifier with a margin."""
+    device, data = common.start(config)
+    labels = data.train.labels.to(device)
+    words = f"--data {data.name}: every image needs a label, and some must be held out"
+    common.ensure(data.labelled and labels.min() >= 0, words)
+    model = supcon.SupCon(config).to(device, memory_format=torch.channels_last)
+    network = common.network_for(model, config, device)
+    classifier = nn.Linear(model.dim, len(data.classes), bias=False).to(device)
+    parts = {"model": model, "classifier": classifier}
+    if config.optimizer == "lars":
+        weights = common.parameter_groups(nn.ModuleDict(parts), config.weight_decay)
+        optimizer = common.LARS(weights, lr=config.lr, momentum=0.9)
+    else:
+        everything = [p for part in parts.values() for p in part.parameters()]
+        optimizer = torch.optim.SGD(everything, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    run = common.Run(config, data, device, **parts, optimizer=optimizer)
+    run.header(loss=f"large-margin softmax, m = {m}")
+    for _ in run.epochs():
+        for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
+            x1, x2 = augment(x1, config), augment(x2, config)
+            common.set_lr(optimizer, common.cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
+            h, y = torch.cat(network(x1, x2)).float(), labels[index.to(device)].repeat(2)  # (2N, d), (2N,)
+            loss = margin_loss(h, classifier.weight, y, m, run.step / run.total)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss, h, x1, x2)
+        run.end_epoch()
+    return run.finish()
+
+
+def judged(config: Config, loss: str, m: int = 0) -> dict[str, Any]:
+    """Train by `loss`, or with the margin m; the metrics, with the linear classifier's on the frozen h."""
+    config = changed(config, loss=loss)
+    return (train(config, m) if m else supcon.train(config)) | linear(config)
+
+
+ROWS = {
+    "supcon": (partial(judged, loss="out"), "96.0"),
+    "cross-entropy": (partial(judged, loss="cross-entropy"), "95.0"),
+    "max-margin, m = 2": (partial(judged, loss="cross-entropy", m=2), ""),
+    "max-margin, m = 4": (partial(judged, loss="cross-entropy", m=4), "92.4"),
+}
+COLUMNS = {"linear top-1 of h": "linear_top1", "kNN of h": "knn_top1", "rank": "effective_rank", "s": "seconds"}
+
+
+if __name__ == "__main__":
+    with common.exit_status():
+        compare(parser(__doc__, "max_margin"), Config, ROWS, COLUMNS, ["loss"])

@@ -1,0 +1,91 @@
+"""What the experiments share: their flags, and the table of their rows."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import linear_eval
+from common import OneLineParser, RunConfig, ensure
+
+
+def parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """`--seeds` and `--out`; what it does not know are flags of the method."""
+    shape = argparse.RawDescriptionHelpFormatter
+    result = OneLineParser(description=doc, formatter_class=shape, allow_abbrev=False)
+    result.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each of these (default 0)")
+    result.add_argument("--out", default=f"runs/{name}", help=f"folder of the runs (default runs/{name})")
+    return result
+
+
+def base_config(method: type[RunConfig], rest: list[str], unused: Sequence[str] = ()) -> RunConfig:
+    """The recipe of every row: that of the method's script with the flags `rest`. Raises `InputError`, also for those
+    that an experiment sets by itself or does without, `unused` among them."""
+    base = common.parse_args(method, rest)
+    for name in ("seed", "resume", "amp", "compile", "micro_batch_size", "loss_backend", *unused):
+        ensure(name not in base.given, f"{common.dashed(name)}: not for this experiment; leave it out")
+    return base
+
+
+def changed(base: RunConfig, **changes: Any) -> RunConfig:
+    """`base` with these flags given by hand besides."""
+    return base.preset(base.recipe, **{name: getattr(base, name) for name in base.given} | changes)
+
+
+def run(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The metrics that `work` returns, and how many seconds it took; a line before and after."""
+    print(f"\n=== {what}", flush=True)
+    started = time.monotonic()
+    try:
+        found = work()
+    except common.Stopped as stopped:
+        raise common.Stopped(f"stopped in {what}", stopped.args[1]) from None
+    found["seconds"] = time.monotonic() - started
+    shown = [f"{key} {found[key]:.3f}" for key in ("linear_top1", "knn_top1", "loss") if found.get(key) is not None]
+    print(f"=== {what}: {', '.join(shown)}, {found['seconds']:.0f} s", flush=True)
+    return found
+
+
+def linear(config: RunConfig) -> dict[str, Any]:
+    """Linear top-1 on h of the run in `config.out`, by linear_eval.py's protocol of cached features."""
+    return {"linear_top1": linear_eval.main([str(config.out)])["linear_top1"]}
+
+
+def over_seeds(values: Sequence[float | None]) -> str:
+    """The mean, and from ... to where there are several seeds; empty where nothing was measured."""
+    if None in values:
+        return ""
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    return f"{mean:.3f}" + f" ({low:.3f} to {high:.3f})" * (len(values) > 1)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def compare(
+    flags: argparse.ArgumentParser,
+    method: type[RunConfig],
+    rows: dict[str, tuple[Callable, str]],
+    columns: dict[str, str],
+    unused: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> str:
+    """Run every row with every seed, as the command line asks; print and return the table.
+
+    `rows`: name -> (what trains a config and returns its metrics, the paper's figure); `columns`: title -> metric.
+    """
+    flags.add_argument("--rows", nargs="+", choices=rows, default=list(rows), help="some of the rows (default: all)")
+    args, rest = flags.parse_known_args(argv)
+    base, lines = base_config(method, rest, unused), []
+    for row in args.rows:
+        train, paper = rows[row]
+        configs = [changed(base, seed=s, out=f"{args.out}/{row.replace(' ', '-')}-seed-{s}") for s in args.seeds]
+        found = [run(f"{row}, seed {c.seed}", lambda c=c, train=train: train(c)) for c in configs]
+        lines.append([row, *(over_seeds([metrics[key] for metrics in found]) for key in columns.values()), paper])
+    table = markdown(["", *columns, "the paper"], lines)
+    print(f"\npython {method.method()}.py {' '.join(rest)}, seeds {', '.join(map(str, args.seeds))}\n\n{table}")
+    return table

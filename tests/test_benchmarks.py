@@ -1,0 +1,299 @@
+"""The experiments of benchmarks/: their formulas, and each on a few images."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import functional as TF
+
+import common
+import images
+import simclr
+import simsiam
+import supcon
+from benchmarks import ablations, augmentations, max_margin, pipeline, simsiam_section5, table
+from tests.helpers import ROOT, saved
+
+TINY = ["--epochs", "1", "--batch-size", "40", "--knn-every", "0"]
+
+
+def simsiam_config(out, **given):
+    given = {"epochs": 2, "batch_size": 32, "knn_every": 0, "seed": 0} | given
+    return simsiam.Config.preset("demo", **given, out=str(out))
+
+
+# ----------------------------------------------------------------------------------------------- simsiam_section5
+
+
+@pytest.mark.parametrize("k, starts", [(4, [0, 4, 6, 10]), (0, [0, 6])])
+def test_targets_are_computed_before_k_steps(k, starts, few_shapes, tmp_path, monkeypatch):
+    """Six steps an epoch, two epochs. All views of an image are the same here, so that its target can be told."""
+    done, fills, predicted = [0], [], []
+    eta_of, log = simsiam_section5.eta_of, common.Run.log
+
+    def spy_eta(model, config, views):
+        if not fills or fills[-1][0] != done[0]:
+            fills.append((done[0], []))
+        fills[-1][1].append(eta_of(model, config, views))
+        return fills[-1][1][-1]
+
+    def spy_distance(p, z):
+        assert p.requires_grad and not z.requires_grad
+        predicted.append(z)
+        return simsiam.negative_cosine(p, z)
+
+    def spy_log(run, loss, z, *views):
+        done[0] += 1
+        predicted.append(z.detach())
+        log(run, loss, z, *views)
+
+    monkeypatch.setattr(simsiam_section5, "eta_of", spy_eta)
+    monkeypatch.setattr(simsiam_section5, "negative_cosine", spy_distance)
+    monkeypatch.setattr(common.Run, "log", spy_log)
+    monkeypatch.setattr(simsiam_section5, "augment", lambda x, config: x)
+    monkeypatch.setattr(
+        images, "crop_boxes", lambda sizes, *rest: torch.tensor([[0.0, 0, 32, 32]]).repeat(len(sizes), 1)
+    )
+    simsiam_section5.steps_ahead(simsiam_config(tmp_path, lr=1.0), k)
+    assert [start for start, _ in fills] == starts and done[0] == 12
+    for (start, filled), end in zip(fills, [*starts[1:], 12], strict=True):
+        assert len(filled) == end - start  # no target is computed for nothing
+        for i, (eta1, eta2) in enumerate(filled):
+            for_1, for_2, z1 = predicted[3 * (start + i) : 3 * (start + i) + 3]
+            assert for_1 is eta2 and for_2 is eta1  # the other view's
+            assert torch.allclose(eta1, z1, atol=1e-3) == (i == 0)  # the network moves on, its targets do not
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_targets_ahead_have_views_of_their_own_and_leave_the_statistics(streamed, photos, tmp_path, monkeypatch):
+    """Without augmentation: streamed crops are drawn from the seed and the image."""
+    seen, counts, eta_of = [], [], simsiam_section5.eta_of
+    monkeypatch.setattr(common.Run, "curves", lambda self: None)
+    monkeypatch.setattr(simsiam_section5, "augment", lambda x, c: seen.append(x) or x)
+
+    def spy_eta(model, config, views):
+        before = {name: v.clone() for name, v in model.state_dict().items()}
+        result = eta_of(model, config, views)
+        counts.append(all(torch.equal(v, before[name]) for name, v in model.state_dict().items()))
+        assert model.training
+        return result
+
+    monkeypatch.setattr(simsiam_section5, "eta_of", spy_eta)
+    given = {"data": str(photos), "epochs": 1, "batch_size": 100, "workers": 1, "resident_gb": 0.0 if streamed else 4.0}
+    simsiam_section5.steps_ahead(simsiam_config(tmp_path, **given), 2)
+    assert counts == [True, True]
+    assert len(seen) == 8 and not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_the_moving_average():
+    torch.manual_seed(0)
+    eta = F.normalize(torch.randn(6, 4), dim=1)
+    start, index, (a, b) = eta.clone(), torch.tensor([4, 1]), torch.randn(2, 2, 4)
+    one, two = simsiam_section5.moving_average(eta, index, a.requires_grad_(), b)
+    assert torch.allclose(one, 0.8 * start[index] + 0.2 * F.normalize(a, dim=1)) and not one.requires_grad
+    assert torch.allclose(two, 0.8 * start[index] + 0.2 * F.normalize(b, dim=1))
+    assert torch.allclose(eta[index], (one + two) / 2) and torch.equal(eta[[0, 2, 3, 5]], start[[0, 2, 3, 5]])
+
+
+def test_a_run_predicts_the_moving_average_of_the_other_view(few_shapes, tmp_path, monkeypatch):
+    zs, etas, asked, update = [], [], [], simsiam_section5.moving_average
+
+    def spy_update(eta, index, z1, z2):
+        zs.append((z1, z2))
+        etas.append((eta, *update(eta, index, z1, z2)))
+        return etas[-1][1:]
+
+    spy_distance = lambda p, z: asked.append((p, z)) or simsiam.negative_cosine(p, z)  # noqa: E731
+    monkeypatch.setattr(simsiam_section5, "moving_average", spy_update)
+    monkeypatch.setattr(simsiam_section5, "negative_cosine", spy_distance)
+    simsiam_section5.average(simsiam_config(tmp_path))
+    assert len(zs) == 12 and all(eta is etas[0][0] for eta, *_ in etas)  # one memory for all epochs
+    for (z1, z2), (_, eta1, eta2), first, second in zip(zs, etas, asked[::2], asked[1::2], strict=True):
+        assert first[0] is z1 and first[1] is eta2 and second[0] is z2 and second[1] is eta1  # no predictor
+
+
+def test_twice_the_pairs_is_the_mean_of_two_directions():
+    torch.manual_seed(0)
+    config = simsiam_config("unused")
+    model, views = simsiam.SimSiam(config), list(torch.rand(4, 8, 3, 32, 32))
+    run = SimpleNamespace(config=config, batches=lambda **asked: [(None, [v.clone() for v in views[: asked["views"]]])])
+    torch.manual_seed(1)
+    ((loss, z, *seen),) = simsiam_section5.twice(run, model)
+    (p1, _, z1, z2), (p3, _, _, z4) = model(*seen[:2]), model(*seen[2:])
+    expected = simsiam.negative_cosine(p1, z2) / 2 + simsiam.negative_cosine(p3, z4) / 2
+    assert torch.allclose(loss, expected) and torch.equal(z, z1) and len(seen) == 4
+
+
+# ----------------------------------------------------------------------------------------------------- max_margin
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_large_margin_is_the_published_formula(m, lam):
+    def psi(angle):  # equation 6, literally
+        k = min(int(angle * m / math.pi), m - 1)
+        return (-1) ** k * math.cos(m * angle) - 2 * k
+
+    torch.manual_seed(m)
+    h, w, labels = torch.randn(30, 6).double(), torch.randn(4, 6).double(), torch.randint(4, (30,))
+    h[0], h[1] = w[labels[0]], -2 * w[labels[1]]  # angles 0 and pi
+    logits = max_margin.large_margin(h, w, labels, m, lam)
+    for i, y in enumerate(labels):
+        for c in range(4):
+            norm = (h[i].norm() * w[c].norm()).item()
+            cos = max(-1.0, min(1.0, torch.dot(h[i], w[c]).item() / norm))
+            value = norm * (lam * cos + psi(math.acos(cos))) / (1 + lam) if c == y else norm * cos
+            assert math.isclose(logits[i, c].item(), value, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def test_large_margin_falls_with_the_angle_and_has_a_gradient():
+    angle = torch.linspace(0, math.pi, 200, dtype=torch.float64)
+    h = torch.stack([angle.cos(), angle.sin()], 1).requires_grad_()
+    logits = max_margin.large_margin(h, torch.eye(2).double(), torch.zeros(200, dtype=torch.int64), 4, 0.0)
+    assert (logits[1:, 0] < logits[:-1, 0]).all() and (logits[:, 0] <= angle.cos() + 1e-12).all()
+    logits[:, 0].sum().backward()
+    assert torch.isfinite(h.grad).all()
+    w = torch.randn(3, 5, requires_grad=True)  # a feature of length 0: no NaN
+    max_margin.large_margin(torch.zeros(2, 5), w, torch.tensor([0, 1]), 4, 0.0).sum().backward()
+    assert torch.isfinite(w.grad).all()
+
+
+def test_the_margin_comes_gradually():
+    torch.manual_seed(0)
+    h, w, y = torch.randn(10, 6), torch.randn(3, 6), torch.randint(3, (10,))
+    without, whole = (F.cross_entropy(max_margin.large_margin(h, w, y, m, 0.0), y) for m in (1, 4))
+    first, last = (max_margin.margin_loss(h, w, y, 4, progress) for progress in (0.0, 1.0))
+    assert torch.allclose(without, F.cross_entropy(h @ w.T, y)) and whole > 1.5 * without
+    assert abs(first - without) < 0.02 * without  # lam 1000
+    torch.testing.assert_close(last, whole, rtol=0.01, atol=0.01)
+
+
+# -------------------------------------------------------------------------------------------------- augmentations
+
+
+def test_cutout_equals_torchvision_and_is_cut_off_at_the_border():
+    x = torch.rand(12, 3, 40, 40)
+    middle = augmentations.cutout(x, torch.full((12, 2), 0.5))
+    assert torch.equal(middle, TF.erase(x, 10, 10, 20, 20, torch.tensor(0.0)))
+    assert torch.equal(augmentations.cutout(x, torch.zeros(12, 2)), TF.erase(x, 0, 0, 10, 10, torch.tensor(0.0)))
+    drawn = augmentations.OPS["cutout"](x, None)
+    area = (drawn == 0).all(1).float().mean((1, 2))  # a quarter, less what is outside
+    assert (area <= 0.25).all() and (area >= 1 / 16).all() and len(area.unique()) > 6
+
+
+def test_every_cell_of_figure_5_augments_one_branch_in_the_given_order(monkeypatch):
+    torch.manual_seed(0)
+    config, x = simclr.Config.preset("demo"), torch.rand(6, 3, 32, 32)
+    called = []
+    for name, op in augmentations.OPS.items():
+        spy = lambda y, c, name=name, op=op: called.append(name) or op(y, c)  # noqa: E731
+        monkeypatch.setitem(augmentations.OPS, name, spy)
+    for first in augmentations.OPS:
+        for second in augmentations.OPS:
+            ops = [first] if first == second else [first, second]
+            called.clear()
+            t, same = augmentations.one_branch(x.clone(), ops, config)
+            assert called == ops and torch.equal(same, images.normalize(x.clone()))
+            y = t * images.STD.view(3, 1, 1) + images.MEAN.view(3, 1, 1)
+            assert y.shape == x.shape and torch.isfinite(y).all() and y.min() >= -1e-5 and y.max() <= 1 + 1e-5
+            assert not torch.equal(t, same)
+
+
+# --------------------------------------------------------------------------------------------- whole scripts, small
+
+
+def test_a_row_of_simsiam_section5_over_two_seeds(few_shapes, tmp_path):
+    module = simsiam_section5
+    argv = ["--rows", "twice the pairs", "--seeds", "0", "1", "--out", str(tmp_path), *TINY]
+    result = table.compare(module.parser("", "x"), module.Config, module.ROWS, module.COLUMNS, module.UNUSED, argv)
+    head, _, line = result.split("\n")
+    assert head == "|  | kNN of h | loss | std | rank | s | the paper |"
+    assert line.startswith("| twice the pairs |  | ") and line.endswith(" | 67.3 |") and line.count(" to ") == 4
+    folders = {path.parent.name for path in tmp_path.glob("*/checkpoint.pt")}
+    assert folders == {"twice-the-pairs-seed-0", "twice-the-pairs-seed-1"}
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_max_margin_runs_and_is_judged(optimizer, few_shapes, tmp_path, monkeypatch):
+    given = {"epochs": 1, "batch_size": 40, "optimizer": optimizer, "lr": 0.05, "knn_every": 0, "out": str(tmp_path)}
+    progress, loss = [], max_margin.margin_loss
+    monkeypatch.setattr(max_margin, "margin_loss", lambda *a: progress.append(a[-1]) or loss(*a))
+    metrics = max_margin.ROWS["max-margin, m = 4"][0](supcon.Config.preset("demo", **given))
+    assert 0 < metrics["linear_top1"] <= 1 and progress == [0.0, 0.2, 0.4, 0.6, 0.8]
+    classifier = saved(tmp_path, "classifier")
+    assert set(classifier) == {"weight"} and classifier["weight"].shape == (10, 128)
+    assert saved(tmp_path, "config")["loss"] == "cross-entropy"
+
+
+def test_augmentations_prints_the_matrix(few_shapes, tmp_path, monkeypatch):
+    figures = {"cutout": 0.1, "cutout-color": 0.2, "color-cutout": 0.3, "color": 0.4}
+    trained = []
+
+    def linear(config):
+        trained.append(config.out.split("/")[-1].removesuffix("-seed-0"))
+        return {"linear_top1": figures[trained[-1]]}
+
+    monkeypatch.setattr(table, "linear", linear)
+    matrix = augmentations.main(["--ops", "cutout", "color", "--out", str(tmp_path), *TINY]).split("\n")
+    assert matrix[0] == "| first, then | cutout | color |" and trained == list(figures)
+    assert matrix[2:] == ["| cutout | 0.100 | 0.200 |", "| color | 0.300 | 0.400 |"]
+
+
+def test_an_experiment_refuses_flags_it_would_not_follow():
+    for flag in (["--amp", "bf16"], ["--seed", "3"], ["--no-symmetric"], ["--bogus", "1"]):
+        with pytest.raises(common.InputError, match=flag[0].replace("no-", "")):
+            table.base_config(simsiam.Config, flag, simsiam_section5.UNUSED)
+    base = table.base_config(simsiam.Config, ["--epochs", "3"])
+    config = table.changed(base, seed=4)
+    assert (config.epochs, config.seed, config.recipe) == (3, 4, "demo") and config.given == {"epochs", "seed"}
+
+
+def test_every_row_of_the_ablations_is_a_command_that_its_script_takes():
+    for method, tables in ablations.TABLES.items():
+        config = sys.modules.get(method) or __import__(method)
+        for _, shared, rows in tables.values():
+            for row in rows:
+                common.parse_args(config.Config, f"{row} {shared}".split())
+
+
+def test_the_demos_table_names_worst_and_best(monkeypatch, capsys, tmp_path):
+    kept = {0: (0.9, 50.0), 1: (0.8, 61.0), 2: (0.85, 40.0)}
+
+    def measure(command, said, out, threads):
+        knn, seconds = kept[int(command[-1])]
+        return "error: no" if threads == 2 and knn == 0.85 else {"kNN": knn, "seconds": seconds}
+
+    monkeypatch.setattr(ablations, "measure", measure)
+    assert ablations.demos(["byol"], [0, 1, 2], [1, 2], tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "byol | 1 | 2 | 0.850 | 40\n" in out and "byol | 2 | 2 | failed | error: no\n" in out
+    assert "| byol | 1 | 0.800 | 0.900 | 40 to 61 |\n| byol | 2 | 0.800 (1 failed) | 0.900 | 50 to 61 |" in out
+
+
+@pytest.mark.slow
+def test_ablations_run_a_table(tmp_path):
+    more = "--epochs 1 --data " + str(tmp_path / "photos")
+    for i, (picture, label) in enumerate(zip(*images.make_shapes(120, 0, 32), strict=True)):
+        path = tmp_path / "photos" / str(label.item()) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(picture).save(path)
+    command = ["benchmarks/ablations.py", "byol.symmetry", "--out", str(tmp_path / "runs")]
+    command += ["--more", more + " --preset demo --batch-size 16", "--threads", "1"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| flags | kNN | loss | std | rank | cos2 | seconds |" in done.stdout and "| default | 0." in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- pipeline
+
+
+def test_pipeline_compares_both(monkeypatch, capsys):
+    monkeypatch.setattr(common.Run, "curves", lambda self: None)
+    pipeline.loop("resnet8", 16, 2, 1, "cpu")
+    pipeline.views(32, 8, 1)
+    loop, views = capsys.readouterr().out.strip().split("\n")
+    assert loop.startswith("resnet8, batch 16, train and bare: ") and "median ratio" in views
