@@ -10,9 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import byol
 import common
+import moco
 import simclr
-from tests.helpers import equal, python
+import simsiam
+import supcon
+from tests.helpers import equal, python, refusal
 
 TINY = ["--preset", "demo", "--epochs", "1", "--batch-size", "64", "--knn-every", "0"]
 
@@ -283,3 +287,83 @@ def test_a_full_disk_in_a_fresh_run(few_shapes, tmp_path, capsys):
     with a_full_disk(8_000):  # not even views.png
         status, err = outcome(capsys, *TINY, "--out", tmp_path)
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------- what each method refuses
+
+REFUSED = {
+    simclr: [
+        (["--batch-size", "1"], "--batch-size 1: there are no negatives; give 2 or more"),
+        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
+        (["--projection-head", "conv"], "argument --projection-head: invalid choice: 'conv'"),
+        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
+    ],
+    moco: [
+        (["--queue-size", "0"], "--queue-size 0: must be above 0"),
+        (["--momentum", "1.5"], "--momentum 1.5: must be at least 0 and at most 1"),
+        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
+        (["--version", "1"], "unknown flag --version"),
+        (["--preset", "paper-v3"], "argument --preset: invalid choice: 'paper-v3'"),
+        (["--mechanism", "list"], "argument --mechanism: invalid choice: 'list'"),
+        (["--bn-splits", "40", "--batch-size", "64"], "--bn-splits 40: for a batch of 64 give 32 or less"),
+        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a memory bank has one vector an image"),
+        (["--mechanism", "memory-bank", "--batch-size", "200"], "--batch-size 200: leaves no other image"),
+        (["--mechanism", "end-to-end", "--batch-size", "1"], "--batch-size 1: no negatives"),
+        (["--mechanism", "end-to-end", "--loss-backend", "blocked"], "--loss-backend blocked: end-to-end has"),
+        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
+    ],
+    byol: [
+        (["--momentum", "1.5"], "--momentum 1.5: must be at least 0 and at most 1"),
+        (["--blur-1", "-1"], "--blur-1 -1.0: must be at least 0 and at most 1"),
+        (["--batch-size", "1"], "--batch-size 1: BN has nothing to compare then"),
+        (["--jitter-strength", "6"], "--jitter-strength: at most 5"),
+        (["--optimizer", "adam"], "argument --optimizer: invalid choice: 'adam'"),
+        (["--preset", "paper-200"], "argument --preset: invalid choice: 'paper-200'"),
+        (["--loss-backend", "naive"], "unknown flag --loss-backend"),
+    ],
+    simsiam: [
+        (["--predictor", "linear"], "argument --predictor: invalid choice: 'linear'"),
+        (["--batch-size", "1"], "--batch-size 1: BN has nothing to compare then"),
+        (["--jitter-strength", "6"], "--jitter-strength: at most 5"),
+        (["--warmup-epochs", "nan"], "--warmup-epochs nan: must be at least 0"),
+        (["--projector-layers", "0"], "--projector-layers 0: must be above 0"),
+        (["--predictor", "none", "--head-bn", "all"], "--head-bn all: there is no predictor"),
+        (["--loss-backend", "naive"], "unknown flag --loss-backend"),
+    ],
+    supcon: [
+        (["--loss", "triplet"], "argument --loss: invalid choice: 'triplet'"),
+        (
+            ["--loss", "cross-entropy", "--loss-backend", "blocked"],
+            "--loss-backend blocked: cross-entropy has no kernel",
+        ),
+        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
+        (["--base-temperature", "0"], "--base-temperature 0.0: must be above 0"),
+        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
+        (["--batch-size", "1"], "--batch-size 1: there are no negatives"),
+        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
+        (["--stage", "2"], "unknown flag --stage"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "method, flags, words",
+    [pytest.param(m, *row, id=" ".join([m.__name__, *row[0]])) for m, rows in REFUSED.items() for row in rows],
+)
+def test_what_a_method_cannot_run_is_one_line(method, flags, words, few_shapes, tmp_path, capsys, monkeypatch):
+    if "triton" in flags and torch.cuda.is_available():
+        pytest.skip("triton runs here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert words in refusal(method, flags, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("method, loss", [(simclr, "nt_xent"), (supcon, "sup_con out"), (moco, "info_nce")])
+def test_without_kernels_the_naive_loss_runs_and_another_is_refused(
+    method, loss, few_shapes, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(method, "kernels", None)
+    given = {"epochs": 1, "batch_size": 64, "knn_every": 0, "hidden_dim": 32, "projection_dim": 16}
+    method.train(method.Config.preset("demo", **given, out=str(tmp_path)))
+    assert f"{loss}, naive;" in capsys.readouterr().out
+    assert "the folder kernels/ is not here" in refusal(method, ["--loss-backend", "blocked"], tmp_path, capsys)

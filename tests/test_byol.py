@@ -15,7 +15,6 @@ from tests.helpers import (
     one_step,
     python,
     recipe,
-    refusal,
     resumes_bit_for_bit,
     saved,
     trains_in_pieces,
@@ -300,23 +299,6 @@ def test_an_interrupted_run_resumes_bit_for_bit(optimizer, few_shapes, tmp_path,
     given = TINY | {"epochs": 3, "batch_size": 32, "optimizer": optimizer}
     whole, resumed = resumes_bit_for_bit(byol, given, tmp_path, monkeypatch)
     assert whole["loss"] == resumed["loss"] and any(name.startswith("target.") for name in saved(tmp_path / "cut"))
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--momentum", "1.5"], "--momentum 1.5: must be at least 0 and at most 1"),
-        (["--blur-1", "-1"], "--blur-1 -1.0: must be at least 0 and at most 1"),
-        (["--batch-size", "1"], "--batch-size 1: BN has nothing to compare then"),
-        (["--jitter-strength", "6"], "--jitter-strength: at most 5"),
-        (["--optimizer", "adam"], "argument --optimizer: invalid choice: 'adam'"),
-        (["--preset", "paper-200"], "argument --preset: invalid choice: 'paper-200'"),
-        (["--loss-backend", "naive"], "unknown flag --loss-backend"),
-    ],
-    ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
-)
-def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
-    assert words in refusal(byol, flags, tmp_path, capsys)
 
 
 DEMO = """--preset demo --epochs 2 --batch-size 64 --optimizer sgd --lr 0.8 --warmup-epochs 1 --image-size 16

@@ -18,7 +18,6 @@ from tests.helpers import (
     moved_by,
     one_step,
     recipe,
-    refusal,
     resumes_bit_for_bit,
     saved,
     trains_in_pieces,
@@ -457,31 +456,6 @@ def test_an_interrupted_run_resumes_bit_for_bit(mechanism, few_shapes, tmp_path,
         assert state["pointer"] == 18 * 32 % 90 and any(name.startswith("key_encoder.") for name in state)
     else:
         assert saved(tmp_path / "cut", "bank")["vectors"].shape == (200, 16)
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--queue-size", "0"], "--queue-size 0: must be above 0"),
-        (["--momentum", "1.5"], "--momentum 1.5: must be at least 0 and at most 1"),
-        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
-        (["--version", "1"], "unknown flag --version"),
-        (["--preset", "paper-v3"], "argument --preset: invalid choice: 'paper-v3'"),
-        (["--mechanism", "list"], "argument --mechanism: invalid choice: 'list'"),
-        (["--bn-splits", "40", "--batch-size", "64"], "--bn-splits 40: for a batch of 64 give 32 or less"),
-        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a memory bank has one vector an image"),
-        (["--mechanism", "memory-bank", "--batch-size", "200"], "--batch-size 200: leaves no other image"),
-        (["--mechanism", "end-to-end", "--batch-size", "1"], "--batch-size 1: no negatives"),
-        (["--mechanism", "end-to-end", "--loss-backend", "blocked"], "--loss-backend blocked: end-to-end has"),
-        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
-    ],
-    ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
-)
-def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monkeypatch):
-    if flags[1] == "triton" and torch.cuda.is_available():
-        pytest.skip("triton runs here")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert words in refusal(moco, flags, tmp_path, capsys)
 
 
 def test_a_lowered_batch_lowers_a_presets_groups(tmp_path, capsys):

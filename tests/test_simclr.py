@@ -18,7 +18,6 @@ from tests.helpers import (
     moved_by,
     one_step,
     recipe,
-    refusal,
     resumes_bit_for_bit,
     same_run,
     saved,
@@ -237,28 +236,3 @@ def test_real_images_beat_the_untrained_network(cifar10_folder, tmp_path):
         copy.symlink_to(path)
     metrics = simclr.train(config(data=str(small), epochs=6, knn_every=6, out=str(tmp_path / "run")))
     assert metrics["knn h, trained backbone"] > metrics["knn h, untrained backbone"] + 0.02
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--batch-size", "1"], "--batch-size 1: there are no negatives; give 2 or more"),
-        (["--temperature", "0"], "--temperature 0.0: must be above 0"),
-        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
-        (["--projection-head", "conv"], "argument --projection-head: invalid choice: 'conv'"),
-        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
-    ],
-    ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
-)
-def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monkeypatch):
-    if flags[1] == "triton" and torch.cuda.is_available():
-        pytest.skip("triton runs here")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert words in refusal(simclr, flags, tmp_path, capsys)
-
-
-def test_without_kernels_the_naive_loss_runs_and_another_is_refused(few_shapes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(simclr, "kernels", None)
-    simclr.train(config(**TINY, out=str(tmp_path)))
-    assert "nt_xent, naive;" in capsys.readouterr().out
-    assert "the folder kernels/ is not here" in refusal(simclr, ["--loss-backend", "blocked"], tmp_path, capsys)

@@ -17,7 +17,6 @@ from tests.helpers import (
     one_step,
     python,
     recipe,
-    refusal,
     resumes_bit_for_bit,
     saved,
     trains_in_pieces,
@@ -244,23 +243,6 @@ def test_an_interrupted_run_resumes_bit_for_bit(which, few_shapes, tmp_path, mon
     given = TINY | {"epochs": 3, "batch_size": 32, "warmup_epochs": 1.0, "predictor_lr": which}
     whole, resumed = resumes_bit_for_bit(simsiam, given, tmp_path, monkeypatch)
     assert whole["loss"] == resumed["loss"]
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--predictor", "linear"], "argument --predictor: invalid choice: 'linear'"),
-        (["--batch-size", "1"], "--batch-size 1: BN has nothing to compare then"),
-        (["--jitter-strength", "6"], "--jitter-strength: at most 5"),
-        (["--warmup-epochs", "nan"], "--warmup-epochs nan: must be at least 0"),
-        (["--projector-layers", "0"], "--projector-layers 0: must be above 0"),
-        (["--predictor", "none", "--head-bn", "all"], "--head-bn all: there is no predictor"),
-        (["--loss-backend", "naive"], "unknown flag --loss-backend"),
-    ],
-    ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
-)
-def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys):
-    assert words in refusal(simsiam, flags, tmp_path, capsys)
 
 
 DEMO = """--preset demo --epochs 2 --batch-size 64 --lr 0.4 --warmup-epochs 1 --image-size 16 --hidden-dim 256

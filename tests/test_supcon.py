@@ -328,34 +328,3 @@ def test_data_without_labels_is_one_line(photos, tmp_path, capsys):
     assert f"--data {flat}: no two class sub-folders with images; SupCon learns from labels" in line
     with pytest.raises(common.InputError, match="SupCon learns from labels"):
         supcon.train(config(**TINY, out=str(tmp_path / "run")), data=torch.zeros(80, 3, 32, 32, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--loss", "triplet"], "argument --loss: invalid choice: 'triplet'"),
-        (
-            ["--loss", "cross-entropy", "--loss-backend", "blocked"],
-            "--loss-backend blocked: cross-entropy has no kernel",
-        ),
-        (["--temperature", "-1"], "--temperature -1.0: must be above 0"),
-        (["--base-temperature", "0"], "--base-temperature 0.0: must be above 0"),
-        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
-        (["--batch-size", "1"], "--batch-size 1: there are no negatives"),
-        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
-        (["--stage", "2"], "unknown flag --stage"),
-    ],
-    ids=lambda f: "-".join(f).strip("-") if isinstance(f, list) else "",
-)
-def test_bad_input_is_one_line(flags, words, few_shapes, tmp_path, capsys, monkeypatch):
-    if flags[1] == "triton" and torch.cuda.is_available():
-        pytest.skip("triton runs here")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert words in refusal(supcon, flags, tmp_path, capsys)
-
-
-def test_without_kernels_the_naive_loss_runs_and_another_is_refused(few_shapes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(supcon, "kernels", None)
-    supcon.train(config(**TINY, out=str(tmp_path)))
-    assert "sup_con out, naive;" in capsys.readouterr().out
-    assert "the folder kernels/ is not here" in refusal(supcon, ["--loss-backend", "blocked"], tmp_path, capsys)
