@@ -50,7 +50,7 @@ CIFAR = {  # ours, since the paper does not pretrain on CIFAR-10: its views with
     **{"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.99, "hidden_dim": 2048},
     **{"blur_1": 0.0, "blur_2": 0.0},
 }
-DEMO = {  # ours: learns the shapes set on two CPU cores in about a minute
+DEMO = {  # ours: learns the shapes set on two CPU cores in about three minutes
     **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 12, "batch_size": 64},
     **{"optimizer": "sgd", "lr": 0.8, "weight_decay": 1e-4, "warmup_epochs": 1.0, "hidden_dim": 256},
     **{"momentum": 0.9, "projection_dim": 256},  # in so short a run 0.99 would be too far behind

@@ -1,4 +1,4 @@
-"""What every method file shares, and nothing that knows a method.
+"""What every method file shares.
 
 Sections: errors and exit status | flags | network | optimisation | evaluation | a run and its files.
 Copy this file and images.py along with a method file.
@@ -48,7 +48,7 @@ class RunFailure(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after the checkpoint was saved: one line, exit status 128 and the signal's number."""
+    """Ctrl-C or SIGTERM, as a rule after the checkpoint was saved: one line, exit status 128 + the signal's number."""
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def exit_status() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------- flags
 
-SHARES = r"(.*_)?(momentum|probability|scale)|(grey|blur|solarize)(_\d)?"  # flags from 0 to 1
+SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
 MAY_BE_0 = r"seed|weight_decay|warmup_epochs|.*_every|save_minutes|micro_batch_size|resident_gb|hidden_dim|.*_strength"
 
 
@@ -104,7 +104,7 @@ class RunConfig:
     batch_size: int = 256  # N, images in a step
     micro_batch_size: int = 0  # embed the batch in pieces of so many, for less memory; BN sees a piece; 0 = off
     backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it for small pictures
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
     image_size: int = 224  # side of a view in pixels
     lr: float = 0.1  # the highest learning rate; a cosine leads to 0
     weight_decay: float = 0.0  # weight decay, in the gradient (L2)
@@ -330,7 +330,6 @@ def network_for(model: nn.Module, config: RunConfig, device: torch.device, piece
         for part in model.children():
             part.compile()
     model.train()
-
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
 
     def network(*views: Tensor) -> Any:
@@ -762,10 +761,8 @@ class Run:
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
         if settled and not self.warned and (alike := cos2(self.z)) > 0.93:  # runs that learn stay below 0.92
             self.warned = True
-            print(
-                "warning: the output has collapsed to a point or a line: cos2, the mean squared cosine of two", end=""
-            )
-            print(f" images, is {alike:.3f}; {1 / self.dim:.3f} when spread out", flush=True)
+            line = f"cos2, the mean squared cosine of two images, is {alike:.3f}; {1 / self.dim:.3f} when spread out"
+            print(f"warning: the output has collapsed to a point or a line: {line}", flush=True)
         self.stop_if_asked()
 
     def finish(self, evaluate: str = "") -> dict[str, Any]:

@@ -104,7 +104,9 @@ class Streamed(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63)
         for offset in range(100):
-            path = self.paths[(index + offset) % len(self.paths)]  # the next one stands in for a damaged file
+            path = self.paths[
+                (index + offset) % len(self.paths)
+            ]  # the next one stands in for a damaged file, under its label
             try:
                 image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
                 break
@@ -239,14 +241,13 @@ def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: 
         same = max(sizes[0]) <= side and len(set(sizes)) == 1
         fit = sizes[0] if same else (side, side)  # photos of many shapes: the whole picture, squeezed into a square
         images = torch.empty((len(found), 3, *fit), dtype=torch.uint8)
-        rows = iter(range(len(found)))
 
         def read(item: tuple[int, Path]) -> tuple[int, int]:
             pixels, size = decode(item[1], fit)
             images[item[0]] = torch.from_numpy(pixels).permute(2, 0, 1)
             return size
 
-        sizes = in_threads(read, [(next(rows), path) for path, *_ in found], workers, skipped, "decoded")
+        sizes = in_threads(read, list(enumerate(path for path, *_ in found)), workers, skipped, "decoded")
     for path, why in skipped[:20]:
         print(f"warning: skipped {path}: {why}", file=sys.stderr)
     if len(skipped) > 20:

@@ -48,7 +48,7 @@ CIFAR = {  # appendix D
     **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "stem": "cifar", "epochs": 800, "lr": 0.03},
     **{"weight_decay": 5e-4, "projector_layers": 2, "blur": 0.0},
 }
-DEMO = {  # ours: learns the shapes set on two CPU cores in about a minute
+DEMO = {  # ours: learns the shapes set on two CPU cores in about two minutes
     **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 8, "batch_size": 64, "lr": 0.4},
     **{"warmup_epochs": 1.0, "hidden_dim": 256, "projection_dim": 256, "predictor_dim": 64},
     **{"projector_layers": 2, "crop_min_scale": 0.35, "blur": 0.0},
