@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 import common
 from common import RunConfig, cosine_lr, set_lr
-from images import color_jitter, flip, gaussian_blur, grey, normalize, solarize, sometimes
+from images import color_jitter, flip, gaussian_blur, grey, normalize, sometimes
 
 SHORT = {"weight_decay": 1e-6, "momentum": 0.99}  # of both 100 and 300 epochs (the authors' code)
 CIFAR = {  # ours, since the paper does not pretrain on CIFAR-10: its views without the blur
@@ -94,6 +94,11 @@ class Config(RunConfig):
         common.ensure(self.hidden_dim > 0, "--hidden-dim 0: must be above 0")
         common.ensure(self.batch_size > 1, "--batch-size 1: BN has nothing to compare then; give 2 or more")
         common.ensure(self.jitter_strength <= 5, "--jitter-strength: at most 5, where the hue turns by half a circle")
+
+
+def solarize(x: Tensor) -> Tensor:
+    """Invert what is at or above one half."""
+    return torch.where(x >= 0.5, 1 - x, x)
 
 
 def augment(x: Tensor, config: Config, blur: float, solarized: float) -> Tensor:

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 import images
-from images import Data, DataError, Images
+from images import Data, Images, InputError
 
 # ---------------------------------------------------------------------------------------- errors and exit status
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong: one line, exit status 2."""
 
 
 class RunFailure(RuntimeError):
@@ -48,7 +45,7 @@ class RunFailure(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, as a rule after the checkpoint was saved: one line, exit status 128 + the signal's number."""
+    """Ctrl-C or SIGTERM, as a rule after the checkpoint was saved: one line, and the signal's number."""
 
 
 @contextmanager
@@ -60,23 +57,27 @@ def exit_status() -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, DataError) as error:
+        return
+    except InputError as error:
         status, line = 2, f"error: {error}"
     except RunFailure as error:
         status, line = 1, f"error: {error}"
     except Stopped as error:
-        line, number = error.args
-        status = 128 + number
+        status, line = 128 + error.args[1], error.args[0]
     except KeyboardInterrupt:
         status, line = 130, "stopped"
     except (torch.OutOfMemoryError, MemoryError):
         status, line = 1, "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size"
     except OSError as error:
         status, line = 1, f"error: {error.filename or 'a file'}: {error.strerror or error}; is the disk full?"
-    else:
-        return
     print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def ensure(ok: Any, message: str) -> None:
+    """Raise `InputError` unless `ok`."""
+    if not ok:
+        raise InputError(message)
 
 
 # --------------------------------------------------------------------------------------------------------- flags
@@ -126,8 +127,7 @@ class RunConfig:
     @classmethod
     def preset(cls, name: str, **given: Any) -> typing.Self:
         """The recipe of that name; what is given beside it wins."""
-        if name not in cls.PRESETS:
-            raise InputError(f"--preset {name}: choose one of {', '.join(cls.PRESETS)}")
+        ensure(name in cls.PRESETS, f"--preset {name}: choose one of {', '.join(cls.PRESETS)}")
         config = cls(**cls.PRESETS[name] | given)
         config.recipe, config.given = name, set(given)
         return config
@@ -135,19 +135,19 @@ class RunConfig:
     def check(self) -> None:
         """Refuse values that no run can have. A method adds what its paper asks for."""
         for name, kind in flags(type(self)).items():
-            value, words = getattr(self, name), f"{dashed(name)} {getattr(self, name)}"
-            if choices := typing.get_args(kind):
-                ensure(value in choices, f"{words}: choose one of {', '.join(map(str, choices))}")
-                continue
-            right = isinstance(value, (int, float) if kind is float else kind)
-            right = right and isinstance(value, bool) == (kind is bool)
-            ensure(right, f"{words}: must be {kind.__name__}")
-            if kind in (int, float):
+            value, choices = getattr(self, name), typing.get_args(kind)
+            if choices:
+                ok, rule = value in choices, f"choose one of {', '.join(choices)}"
+            elif kind in (str, bool):
+                ok, rule = isinstance(value, kind), f"must be {kind.__name__}"
+            else:
                 share = re.fullmatch(SHARES, name)
-                zero = bool(re.fullmatch(MAY_BE_0, name) or share and name != "crop_min_scale")
-                ok = 0 < value < math.inf or zero and value == 0
-                bounds = f"must be {'at least' if zero else 'above'} 0" + " and at most 1" * bool(share)
-                ensure(ok and not (share and value > 1), f"{words}: {bounds}")
+                zero = re.fullmatch(MAY_BE_0, name) or share and name != "crop_min_scale"
+                ok = isinstance(value, (int, kind)) and not isinstance(value, bool)
+                ok = ok and (0 < value <= (1 if share else sys.float_info.max) or zero and value == 0)
+                rule = f"must be {'a whole number' if kind is int else 'a number'} {'at least' if zero else 'above'} 0"
+                rule += " and at most 1" * bool(share)
+            ensure(ok, f"{dashed(name)} {value}: {rule}")
         ensure(self.seed < 2**31, f"--seed {self.seed}: must be below 2^31")
         ensure(self.image_size >= 8, f"--image-size {self.image_size}: must be at least 8")
         ensure(self.micro_batch_size != 1, "--micro-batch-size 1: BN has nothing to compare then; give 2 or more")
@@ -158,12 +158,6 @@ class RunConfig:
     def method(cls) -> str:
         """The name of the method's file."""
         return Path(inspect.getfile(cls)).stem
-
-
-def ensure(ok: Any, message: str) -> None:
-    """Raise `InputError` unless `ok`."""
-    if not ok:
-        raise InputError(message)
 
 
 def dashed(name: str) -> str:
@@ -181,42 +175,38 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse whose complaint is one line, with a suggestion for a mistyped flag."""
 
     def error(self, message: str) -> typing.NoReturn:
-        if found := re.match(r"unrecognized arguments: (\S+?)(=|\s|$)", message):
-            near = difflib.get_close_matches(found[1], self._option_string_actions, n=1)
-            message = f"unknown flag {found[1]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-            if not found[1].startswith("-"):
-                message = f"unexpected word {found[1]}; a flag's name comes before its value, as in --data PATH"
+        if wrong := message.partition("unrecognized arguments: ")[2]:
+            near = difflib.get_close_matches(re.split("[ =]", wrong)[0], self._option_string_actions, n=1)
+            message = f"unknown {wrong}; " + (f"did you mean {near[0]}?" if near else "see --help")
         raise InputError(message)
 
 
-C = typing.TypeVar("C", bound=RunConfig)
-
-
-def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
+def parse_args(config: type[RunConfig], argv: Sequence[str] | None = None) -> Any:
     """Read the command line into a config: a flag given by hand wins over the preset, the preset over the paper.
 
     The preset left out is demo for shapes, cifar for cifar10 and cifar100, paper for anything else. With `--resume`,
     the values of the run in `--out` stand where the preset would. Raises `InputError`.
     """
     doc = (sys.modules[config.__module__].__doc__ or "").strip().split("\n")
-    examples = [line for line in doc if line.startswith("    python ")]
-    text = {"description": doc[0], "epilog": "examples:\n" + "\n".join(examples)}
+    examples = "\n".join(["examples:", *(line for line in doc if line.startswith("    python "))])
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
-    parser = OneLineParser(**text, **shape, allow_abbrev=False)
+    parser = OneLineParser(description=doc[0], epilog=examples, **shape, allow_abbrev=False)
     own, shared = (parser.add_argument_group(title) for title in (f"the flags of {config.method()}", "the run"))
     left_out = "demo for shapes, cifar for cifar10 and cifar100, else paper"
     own.add_argument("--preset", choices=config.PRESETS, help=f"sets the defaults below (left out: {left_out})")
-    helps = {k: dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(k), re.M)) for k in (config, RunConfig)}
     kinds, defaults = flags(config), {field.name: field.default for field in dataclasses.fields(config)}
-    for name in dict.fromkeys([*helps[config], *kinds]):
-        group, text = (own, helps[config][name]) if name in helps[config] else (shared, helps[RunConfig][name])
-        presets = {p: v[name] for p, v in config.PRESETS.items() if v.get(name, defaults[name]) != defaults[name]}
-        shown = "; ".join([f"default {defaults[name]}", *(f"{preset}: {value}" for preset, value in presets.items())])
-        kind, options = kinds[name], {"action": argparse.BooleanOptionalAction}
-        if kind is not bool:
-            choices = typing.get_args(kind)
-            options = {"choices": choices} if choices else {"type": kind, "metavar": kind.__name__.upper()}
-        group.add_argument(dashed(name), help=f"{text} ({shown})".replace("%", "%%"), **options)
+    for group, owner in ((own, config), (shared, RunConfig)):
+        for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(owner), re.M):
+            if (kind := kinds.pop(name, None)) is None:  # no flag, or the method has a line of its own for it
+                continue
+            presets = {p: v[name] for p, v in config.PRESETS.items() if v.get(name, defaults[name]) != defaults[name]}
+            shown = "; ".join([f"default {defaults[name]}", *(f"{p}: {value}" for p, value in presets.items())])
+            options = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
+            elif choices := typing.get_args(kind):
+                options = {"choices": choices}
+            group.add_argument(dashed(name), help=f"{text} ({shown})".replace("%", "%%"), **options)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         return resumed(config, given)
@@ -224,7 +214,7 @@ def parse_args(config: type[C], argv: Sequence[str] | None = None) -> C:
     return config.preset(given.pop("preset", small.get(given.get("data", "shapes"), "paper")), **given)
 
 
-def resumed(config: type[C], given: dict[str, Any]) -> C:
+def resumed(config: type[RunConfig], given: dict[str, Any]) -> Any:
     """The config of the run in `--out`, with what is given by hand."""
     path = Path(given.get("out", config.out)) / "config.json"
     ensure(path.is_file(), f"--resume: no run in {path.parent}; give its folder with --out, or leave out --resume")
@@ -248,16 +238,12 @@ def resnet8() -> nn.Module:
 
     The last BN of a block starts at 1 here: with so few blocks, 0 only delays a short run.
     """
-
-    def shortcut(inputs: int, outputs: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
-
     network = nn.Sequential()
     network.conv1, network.bn1 = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
-    network.relu = nn.ReLU(inplace=True)
-    network.layer1 = BasicBlock(32, 32)
-    network.layer2 = BasicBlock(32, 64, 2, shortcut(32, 64))
-    network.layer3 = BasicBlock(64, 128, 2, shortcut(64, 128))
+    network.relu, network.layer1 = nn.ReLU(inplace=True), BasicBlock(32, 32)
+    for i, width in ((2, 32), (3, 64)):
+        shortcut = nn.Sequential(nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width))
+        network.add_module(f"layer{i}", BasicBlock(width, 2 * width, 2, shortcut))
     network.avgpool, network.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     for module in network.modules():  # as torchvision initialises its ResNets
         if isinstance(module, nn.Conv2d):
@@ -277,9 +263,7 @@ def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Mod
     if name == "resnet8":
         return resnet8()
     known = [n for n in torchvision.models.list_models(module=torchvision.models) if "resne" in n]
-    if name not in known:
-        near = difflib.get_close_matches(name, [*known, "resnet8"], n=1)
-        raise InputError(f"--backbone {name}: unknown; did you mean {near[0] if near else 'resnet18'}?")
+    ensure(name in known, f"--backbone {name}: choose one of resnet8, {', '.join(known)}")
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
     if config.stem == "cifar":
         network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
@@ -294,14 +278,12 @@ def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Mod
 def still_statistics(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics of every BN layer as they are, for a forward pass that is not to count."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m.momentum, m.num_batches_tracked) for m in layers]
-    for layer in layers:
-        layer.momentum, layer.num_batches_tracked = 0.0, None
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     try:
         yield
     finally:
-        for layer, (momentum, count) in zip(layers, kept, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, count
+        for buffer, value in kept:
+            buffer.copy_(value)
 
 
 def in_pieces(network: nn.Module, pieces: int, *views: Tensor, again: bool = True) -> Any:
@@ -473,29 +455,18 @@ def pixels(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def feature_std(z: Tensor) -> float:
-    """Mean over channels of the std of the l2-normalised rows of z (N, d): near 1/sqrt(d) when healthy, 0 collapsed."""
-    return float(F.normalize(z.float(), dim=1).std(0).mean())
+def health(z: Tensor) -> tuple[float, float, float]:
+    """Three figures of an output z (N, d), from its l2-normalised rows:
 
-
-@torch.no_grad()
-def effective_rank(z: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of the l2-normalised rows (Roy & Vetterli 2007): 1 to d."""
-    z = F.normalize(z.float(), dim=1).cpu().double()  # squared by the Gram matrix, a float32 would lose the small ones
-    s = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < len(z) else z @ z.T).clamp(min=0).sqrt()
-    p = s / s.sum().clamp(min=1e-12)
-    return float(torch.exp(-(p * p.clamp(min=1e-12).log()).sum()))
-
-
-@torch.no_grad()
-def cos2(z: Tensor) -> float:
-    """Mean squared cosine of two rows of z (N, d): 1 when all lie on one line, be it at one point (0 too) or at two
-    opposite ones; 1/d when healthy."""
-    if not z.any():
-        return 1.0
-    z, n = F.normalize(z.float(), dim=1), len(z)
-    gram = z.T @ z if z.shape[1] < n else z @ z.T  # the squares of both have the same sum, N of it from i = j
-    return float(gram.square().sum() - n) / max(1, n * (n - 1))
+    feature_std     the mean over channels of the std: near 1/sqrt(d) when healthy, 0 collapsed
+    effective_rank  exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to d
+    cos2            the mean squared cosine of two rows: 1/d when healthy, 1 when all lie on one line
+    """
+    z, n = F.normalize(z.double().cpu(), dim=1), len(z)  # squared, a float32 would lose the small singular values
+    squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
+    share = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
+    cos2 = (squares.square().sum() - n) / max(1, n * (n - 1)) if z.any() else 1.0  # n of the sum is from i = j
+    return float(z.std(0, correction=0).mean()), float(torch.special.entr(share).sum().exp()), float(cos2)
 
 
 # ----------------------------------------------------------------------------------------- a run and its files
@@ -572,7 +543,7 @@ def load_checkpoint(path: Path, method: str | None = None) -> dict[str, Any]:
     """Read a checkpoint, weights only. Raises `InputError` for a missing, a damaged, or another method's one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _ = [state[key] for key in ("method", "config", "parts", "kinds", "progress", "steps", "rng")]
+        _ = [state[key] for key in ("method", "config", "parts", "progress", "steps", "rng")]
     except FileNotFoundError:
         raise InputError(f"no checkpoint {path}; train first, or give the run's folder") from None
     except Exception:  # torch.load raises many kinds for a damaged file
@@ -592,9 +563,10 @@ def load_run(folder: str | Path) -> tuple[RunConfig, nn.Module]:
     method = importlib.import_module(name)
     try:
         config = method.Config(**state["config"])
-        model = getattr(method, state["kinds"]["model"])(config)
-        model.load_state_dict(state["parts"]["model"])
-    except (KeyError, RuntimeError, TypeError, AttributeError):
+        kind, weights = state["parts"]["model"]
+        model = getattr(method, kind)(config)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} is not a whole checkpoint of {name}; train again") from None
     return config, model
 
@@ -635,28 +607,28 @@ class Run:
         return self.progress["step"]
 
     def header(self, **lines: str) -> None:
-        """Say what runs: data, network, device, the method's own lines, and every resolved setting of the method."""
+        """Say what runs: the command, data, steps, network, device, and the method's own lines."""
         c, backbone = self.config, sum(p.numel() for p in self.model.backbone.parameters()) / 1e6
         heads = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6 - backbone
         cuda = self.device.type == "cuda"
         on = torch.cuda.get_device_name(self.device) if cuda else f"{self.device}, {torch.get_num_threads()} threads"
-        shared = flags(RunConfig).keys() - {"stem", "weight_decay", "seed", "warmup_epochs", "knn_every"}
+        pieces = f" in pieces of {c.micro_batch_size}" * bool(c.micro_batch_size)
+        words = [f"--preset {c.recipe}"]
+        for name in (name for name in flags(type(c)) if name in c.given):
+            value = getattr(c, name)
+            words.append(dashed(f"no_{name}" if value is False else name) + f" {value}" * (not isinstance(value, bool)))
         about = {
+            c.method(): " ".join(words),
             "data": self.data.describe(),
-            "steps": f"{self.steps:,} an epoch, {self.total:,} in all",
+            "steps": f"{self.steps:,} of batch {c.batch_size}{pieces} an epoch, {self.total:,} in all",
             "network": f"{c.backbone}, {backbone:.2f} M parameters, h {self.model.backbone.feature_dim}-d; "
             f"heads {heads:.2f} M, output {self.dim}-d; {c.image_size}x{c.image_size} views",
             "device": f"{on}; mixed precision {c.amp}; torch.compile {'on' if c.compile else 'off'}",
             **lines,
-            "settings": ", ".join(f"{dashed(n)[2:]} {getattr(c, n)}" for n in flags(type(c)) if n not in shared),
         }
-        pieces = f" in pieces of {c.micro_batch_size}" * bool(c.micro_batch_size)
-        epochs = f"{c.epochs} epoch{'s' * (c.epochs > 1)} of batch {c.batch_size}{pieces}"
-        print(f"{c.method()}, preset {c.recipe}, {epochs} -> {self.out}")
         width = min(116, shutil.get_terminal_size((116, 24)).columns)
         for name, text in about.items():
-            hang = {"initial_indent": f"  {name:10}", "subsequent_indent": " " * 12, "break_on_hyphens": False}
-            print(textwrap.fill(text, width, **hang), flush=True)
+            print(textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False))
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, as `log` counts. While they run, Ctrl-C and SIGTERM wait for the end of a step."""
@@ -666,16 +638,14 @@ class Run:
                 raise Stopped("stopped at once", number)
             self.signal = number
 
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        ours = [n for n, handler in usual.items() if signal.getsignal(n) is handler]  # the main thread of a script
-        for number in ours:
-            signal.signal(number, request)
+        main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+        usual = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM) if main}
         try:
             while self.step < self.total:
                 yield self.step // self.steps
         finally:
-            for number in ours:
-                signal.signal(number, usual[number])
+            for number, handler in usual.items():
+                signal.signal(number, handler)
 
     def batches(self, views: int, scale: tuple[float, float]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The rest of this epoch: for each batch its image indices (N,) and `views` random crops (N, 3, S, S) of them.
@@ -699,30 +669,32 @@ class Run:
             self.draw_views(views)
         self.losses.append(loss.detach())
         self.progress["step"] += 1
-        now, last = time.monotonic(), self.step % self.steps == 0
-        save = not last and (self.signal or 0 < 60 * self.config.save_minutes < now - self.saved)
-        if last or save or now - self.shown > 1:
-            self.check_losses()
-            now = time.monotonic()  # when the device has done it
-            self.shown, self.z, self.progress["seconds"] = now, z.detach(), now - self.started
+        now, done = time.monotonic(), (self.step - 1) % self.steps + 1  # of this epoch
+        save = done < self.steps and (self.signal or 0 < 60 * self.config.save_minutes < now - self.saved)
+        if done == self.steps or save or now - self.shown > 1:
+            for i, value in enumerate(torch.stack(self.losses).float().tolist(), 1):
+                if not math.isfinite(value):
+                    self.fail(f"the loss is {value}", self.step - len(self.losses) + i)
+                self.progress["loss_sum"] += value
+            self.losses.clear()
+            self.z, self.shown = z.detach(), time.monotonic()  # when the device has done it
+            self.progress["seconds"] = self.shown - self.started
+            self.loss = self.progress["loss_sum"] / done
+            self.speed = done * self.config.batch_size / max(1e-9, self.progress["seconds"])  # images a second
             if self.live:
-                self.show()
+                left = (self.total - self.step) * self.config.batch_size / self.speed / 60
+                line = self.line(f"{done}/{self.steps}, {left:.1f} min left", *health(self.z[:512])[:2])
+                print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if save:
             self.save()
             self.saved = now
             self.stop_if_asked()
 
-    def show(self) -> None:
-        """The progress line of a terminal; std is in % of 1/sqrt(d), where a healthy output is."""
-        done = (self.step - 1) % self.steps + 1
-        speed = done * self.config.batch_size / max(1e-9, self.progress["seconds"])
-        line = (
-            f"epoch {(self.step - 1) // self.steps + 1}/{self.config.epochs} {done}/{self.steps} "
-            f"{(self.total - self.step) * self.config.batch_size / speed / 60:.1f} min left "
-            f"loss {self.progress['loss_sum'] / done:.4f} std {feature_std(self.z) * math.sqrt(self.dim):.0%} "
-            f"rank {effective_rank(self.z[:512]):.1f} {speed:,.0f} img/s"
-        )
-        print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+    def line(self, what: str, std: float, rank: float) -> str:
+        """Where the run is: the progress line of a terminal, and the line that an epoch leaves."""
+        healthy = f"std {std:.4f} (healthy {1 / math.sqrt(self.dim):.4f})"
+        epoch = f"epoch {(self.step - 1) // self.steps + 1:3d}/{self.config.epochs}"
+        return f"{epoch}  {what}  {self.speed:,.0f} images/s  loss {self.loss:.4f}  {healthy}  rank {rank:.1f}"
 
     def stop_if_asked(self) -> None:
         if self.signal:
@@ -731,13 +703,6 @@ class Run:
             done = f"stopped after step {self.step} of {self.total}"
             raise Stopped(f"{done}; {self.checkpoint} is saved, --resume continues from there", self.signal)
 
-    def check_losses(self) -> None:
-        for i, value in enumerate(torch.stack(self.losses).float().tolist(), 1):
-            if not math.isfinite(value):
-                self.fail(f"the loss is {value}", self.step - len(self.losses) + i)
-            self.progress["loss_sum"] += value
-        self.losses.clear()
-
     def fail(self, what: str, step: int) -> typing.NoReturn:
         print(end="\n" * self.live, flush=True)
         last = f"the last good one is kept in {self.checkpoint}" if self.checkpoint.exists() else "none was written yet"
@@ -745,47 +710,40 @@ class Run:
 
     def end_epoch(self) -> None:
         """Measure, write log and checkpoint, and say so when the output has collapsed."""
-        c, p, epoch = self.config, self.progress, self.step // self.steps
+        c, epoch = self.config, self.step // self.steps
         due = c.knn_every and (epoch % c.knn_every == 0 or epoch == c.epochs)
         accuracy = knn_of(self.model.backbone, self.data, c) if due else None
-        speed, loss = self.steps * c.batch_size / p["seconds"], p["loss_sum"] / self.steps
-        std, rank, lr = feature_std(self.z), effective_rank(self.z), self.parts["optimizer"].param_groups[0]["lr"]
-        p["rows"].append([epoch, loss, lr, std, rank, accuracy, speed])
-        p.update(loss_sum=0.0, seconds=0.0)
+        (std, rank, cos2), lr = health(self.z), self.parts["optimizer"].param_groups[0]["lr"]
+        self.progress["rows"].append([epoch, self.loss, lr, std, rank, accuracy, self.speed])
+        self.progress.update(loss_sum=0.0, seconds=0.0)
         self.save()
         self.write_log()
-        knn = "" if accuracy is None else f"  kNN {accuracy:.3f}"
-        healthy = f"std {std:.4f} (healthy {1 / math.sqrt(self.dim):.4f})"
-        print("\r\x1b[K" * self.live + f"epoch {epoch:3d}/{c.epochs}  loss {loss:.4f}{knn}", end="  ")
-        print(f"{healthy}  rank {rank:.1f}  {speed:,.0f} images/s", flush=True)
+        knn = "" if accuracy is None else f"kNN {accuracy:.3f}"
+        print("\r\x1b[K" * self.live + self.line(knn, std, rank), flush=True)
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
-        if settled and not self.warned and (alike := cos2(self.z)) > 0.93:  # runs that learn stay below 0.92
+        if (
+            settled and not self.warned and cos2 > 0.98
+        ):  # runs that learn were seen up to 0.94, collapsed ones above 0.999
             self.warned = True
-            line = f"cos2, the mean squared cosine of two images, is {alike:.3f}; {1 / self.dim:.3f} when spread out"
+            line = f"cos2, the mean squared cosine of two images, is {cos2:.3f}; {1 / self.dim:.3f} when spread out"
             print(f"warning: the output has collapsed to a point or a line: {line}", flush=True)
         self.stop_if_asked()
 
     def finish(self, evaluate: str = "") -> dict[str, Any]:
-        """Draw the curves, print what the representation is worth beside its controls, and the next command (with the
-        flags `evaluate`); return the last figures."""
+        """Draw the curves, print kNN beside its controls and the next command (with the flags `evaluate`); return the
+        last figures."""
         self.curves()
         metrics = dict(zip(self.COLUMNS, self.progress["rows"][-1], strict=True))
         if self.config.knn_every and self.data.labelled:
             self.model.eval()
             torch.manual_seed(self.config.seed)
-            networks = {
-                "raw pixels": pixels,
-                "h, untrained backbone": type(self.model)(self.config).to(self.device).backbone,
-                "h, trained backbone": self.model.backbone,
-                "g(h), trained": self.model.embed,
-            }
-            print(f"\nkNN top-1 on {len(self.data.test):,} held-out images (k = 200, cosine)")
-            for name, network in networks.items():
-                known = metrics["knn_top1"] if network is self.model.backbone else None
-                metrics[f"knn {name}"] = knn_of(network, self.data, self.config) if known is None else known
-                print(f"  {name:24}{metrics[f'knn {name}']:.3f}", flush=True)
+            untrained = type(self.model)(self.config).to(self.device).backbone
+            networks = {"g(h)": self.model.embed, "untrained h": untrained, "raw pixels": pixels}
+            metrics |= {f"knn {name}": knn_of(network, self.data, self.config) for name, network in networks.items()}
+            beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in networks)
+            print(f"kNN top-1 {metrics['knn_top1']:.3f} of h on {len(self.data.test):,} held-out images; {beside}")
         evaluate += "" if self.data.labelled else " --data LABELLED_IMAGES"
-        print(f"\n{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}{evaluate}")
+        print(f"{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}{evaluate}")
         return metrics
 
     def save(self) -> None:
@@ -793,36 +751,25 @@ class Run:
         for name, value in (state := self.model.state_dict()).items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 self.fail(f"{name} is not finite", self.step)
-        save_whole(
-            {
-                "method": self.config.method(),
-                "config": dataclasses.asdict(self.config),
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
-                "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
-                "progress": self.progress,
-                "steps": self.steps,
-                "rng": torch.get_rng_state(),  # everything random is drawn on the CPU
-            },
-            self.checkpoint,
-        )
+        saved = {"method": self.config.method(), "config": dataclasses.asdict(self.config)}
+        saved |= {"parts": {name: (type(part).__name__, part.state_dict()) for name, part in self.parts.items()}}
+        saved |= {"progress": self.progress, "steps": self.steps}
+        saved |= {"rng": torch.get_rng_state()}  # everything random is drawn on the CPU
+        save_whole(saved, self.checkpoint)
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         save_whole(backbone, self.out / "backbone.pt")
 
     def load(self) -> None:
         state = load_checkpoint(self.checkpoint, self.config.method())
         was, now = (state["config"]["batch_size"], state["steps"]), (self.config.batch_size, self.steps)
-        ensure(
-            was == now,
-            f"--resume: {self.checkpoint} took {was[1]} steps of {was[0]} images an epoch, now it would be {now[1]} of "
-            f"{now[0]}; give that run's --data and --batch-size",
-        )
+        taken = f"{was[1]} steps of {was[0]} images an epoch, now it would be {now[1]} of {now[0]}"
+        ensure(was == now, f"--resume: {self.checkpoint} took {taken}; give that run's --data and --batch-size")
         for name, part in self.parts.items():
             try:
-                saved = state["parts"][name]
-                if state["kinds"][name] != type(part).__name__:
-                    raise KeyError(name)
+                kind, saved = state["parts"][name]
                 if "param_groups" in saved:  # an optimiser's flags may change
                     saved = saved | {"param_groups": part.state_dict()["param_groups"]}
+                ensure(kind == type(part).__name__, "another class")
                 part.load_state_dict(saved)
             except (RuntimeError, ValueError, KeyError):
                 raise InputError(f"--resume: {self.checkpoint} has another {name}; give that run's flags") from None
@@ -835,7 +782,9 @@ class Run:
 
     def draw_views(self, views: Sequence[Tensor], count: int = 8) -> None:
         """views.png: a column is an image, its views one above the other."""
-        both = images.denormalize(torch.cat([v[:count] for v in views]))
+        both = torch.cat([v[:count] for v in views]).float().cpu() * images.STD.view(3, 1, 1) + images.MEAN.view(
+            3, 1, 1
+        )
         both = F.interpolate(both, scale_factor=max(1, 96 // both.shape[-1]), mode="nearest")
         torchvision.utils.save_image(both, self.out / "views.png", nrow=len(views[0][:count]), pad_value=1)
 
@@ -848,17 +797,15 @@ class Run:
         except ImportError:
             print("no curves.png: matplotlib is not installed (pip install matplotlib)")
             return
-        columns = {"loss": 1, "kNN top-1": 5, "feature std": 3, "effective rank": 4}
-        panels = {k: [(row[0], row[i]) for row in rows if row[i] is not None] for k, i in columns.items()}
-        panels = {title: points for title, points in panels.items() if points}  # no kNN without labels
-        figure = Figure(figsize=(3.5 * len(panels), 3.2), layout="constrained")
-        for axes, (title, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            axes.plot(*zip(*points, strict=True), marker=".")
+        figure = Figure(figsize=(14, 3.2), layout="constrained")
+        panels = {"loss": 1, "kNN top-1 of h": 5, "feature std; dashed: healthy": 3, "effective rank": 4}
+        for axes, (title, column) in zip(figure.subplots(1, 4), panels.items(), strict=True):
+            points = [(row[0], row[column]) for row in rows if row[column] is not None]
+            axes.plot(*zip(*points, strict=True), marker=".")  # none without labels
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(title=title, xlabel="epoch")
             axes.grid(alpha=0.3)
-            if title == "feature std":
-                axes.axhline(1 / math.sqrt(self.dim), color="grey", linestyle="--", label="1/sqrt(d), healthy")
-                axes.legend(loc="lower right")
+            if column == 3:
+                axes.axhline(1 / math.sqrt(self.dim), color="grey", linestyle="--")
                 axes.set_ylim(0, 1.1 / math.sqrt(self.dim))
         figure.savefig(self.out / "curves.png", dpi=110)

@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +30,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 SMALLEST_SIDE = 8  # pixels; a smaller picture has nothing to crop and is skipped
 
 
-class DataError(ValueError):
-    """A data set cannot be used as it was given: one line that says why, and what to do."""
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that says what, and what to do."""
 
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -85,8 +84,8 @@ class Images:
             for batch in pieces:
                 crops = torch.cat([next(arriving).to(self.device, non_blocking=True) for _ in batch])
                 yield [view.float().div_(255) for view in crops.unbind(1)]
-        except DataError as error:  # a worker's, with its traceback in the text
-            raise DataError(str(error).strip().split("DataError: ")[-1]) from None
+        except InputError as error:  # a worker's, with its traceback in the text
+            raise InputError(str(error).strip().split("InputError: ")[-1]) from None
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -104,16 +103,14 @@ class Streamed(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63)
         for offset in range(100):
-            path = self.paths[
-                (index + offset) % len(self.paths)
-            ]  # the next one stands in for a damaged file, under its label
+            path = self.paths[(index + offset) % len(self.paths)]  # the next stands in for a damaged one, as that class
             try:
                 image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
                 break
             except Exception as error:
                 print(f"\nwarning: skipped {path}: {reason(error)}", file=sys.stderr)
         else:
-            raise DataError("a hundred images in a row cannot be decoded; is the folder still there?")
+            raise InputError("a hundred images in a row cannot be decoded; is the folder still there?")
         sizes, crops = torch.tensor([image.shape[1:]]), []
         for _ in range(self.count):
             box = [round(v) for v in crop_boxes(sizes, self.size, self.scale, generator)[0].tolist()]
@@ -152,7 +149,7 @@ class Data:
 def load(
     name: str, image_size: int, device: torch.device, data_dir: str = "data", resident_gb: float = 4, workers: int = 4
 ) -> Data:
-    """`shapes`, a set of torchvision's, or a folder. Raises `DataError` when there is nothing usable.
+    """`shapes`, a set of torchvision's, or a folder. Raises `InputError` when there is nothing usable.
 
     `image_size`: side of a view in pixels. Above `resident_gb` a folder's pictures are streamed by `workers`.
     """
@@ -171,15 +168,15 @@ def resident(images: Tensor, labels: Tensor, device: torch.device) -> Images:
 
 def from_tensors(images: Any, labels: Any, device: torch.device) -> Data:
     """A data set of one's own: uint8 (N, 3, H, W); labels (N,), -1 for none, or None. Every tenth of a class is held
-    out. Raises `DataError` for another shape or type."""
+    out. Raises `InputError` for another shape or type."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise DataError(f"data must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        raise InputError(f"data must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     if labels is None:
         return Data("a tensor", resident(images, torch.full((len(images),), -1), device))
     labels = torch.as_tensor(labels).long()
     if labels.shape != images.shape[:1]:
-        raise DataError(f"labels must be ({len(images)},), one for each image, got {tuple(labels.shape)}")
+        raise InputError(f"labels must be ({len(images)},), one for each image, got {tuple(labels.shape)}")
     test, classes = every_tenth(labels), [str(i) for i in range(int(labels.max()) + 1)]
     parts = [resident(images[mask], labels[mask], device) for mask in (~test, test)]
     return Data("a tensor", parts[0], parts[1] if len(parts[1]) else None, classes)
@@ -201,7 +198,7 @@ def load_torchvision(name: str, data_dir: str, device: torch.device) -> Data:
     try:
         sets = [make(data_dir, download=True, **split) for split in splits]
     except Exception as error:  # torchvision raises URLError, RuntimeError, OSError, EOFError, ... here
-        raise DataError(
+        raise InputError(
             f"--data {name}: no files in {data_dir} and the download failed ({reason(error)}); "
             f"check the network, put the files there, or give a folder of images"
         ) from None
@@ -219,7 +216,7 @@ def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: 
     Without a test folder every tenth image of each class is held out.
     """
     if not root.is_dir():
-        raise DataError(
+        raise InputError(
             f"--data {root}: no such folder; give a folder of images or one of shapes, cifar10, cifar100, stl10"
         )
     parts = [root / "train"] if (root / "train").is_dir() else [root]
@@ -231,7 +228,7 @@ def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: 
         labelled = [(path, classes.get(path.relative_to(part).parts[0], -1)) for path in list_images(part)]
         found += [(p, y, split) for p, y in labelled if not (split and classes and y < 0)]  # a class not trained on
     if not found:
-        raise DataError(f"--data {root}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
+        raise InputError(f"--data {root}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
 
     side, skipped, images = round(image_size * 8 / 7), [], None  # 256 for views of 224
     sizes = in_threads(picture_size, [path for path, *_ in found], workers, skipped, "checked")
@@ -254,7 +251,7 @@ def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: 
         print(f"warning: skipped {len(skipped) - 20:,} more like these", file=sys.stderr)
     good = [i for i, size in enumerate(sizes) if size]
     if not good:
-        raise DataError(f"--data {root}: none of its {len(skipped):,} images can be decoded")
+        raise InputError(f"--data {root}: none of its {len(skipped):,} images can be decoded")
 
     labels, split = (torch.tensor([found[i][column] for i in good]) for column in (1, 2))
     test = every_tenth(labels) if len(parts) == 1 and classes else split == 1
@@ -265,7 +262,7 @@ def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: 
         return Images(kept, [found[i][0] for i in keep], torch.tensor([sizes[i] for i in keep]), labels[mask], device)
 
     if test.all():
-        raise DataError(f"--data {root}: no image left to train on in {parts[0]}")
+        raise InputError(f"--data {root}: no image left to train on in {parts[0]}")
     return Data(str(root), part(~test), part(test) if test.any() else None, list(classes), skipped)
 
 
@@ -325,7 +322,7 @@ def reason(error: Exception) -> str:
 
 def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str) -> list:
     """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted in
-    `skipped` by its path. Progress in a terminal, and a line when it took more than two seconds."""
+    `skipped` by its path."""
 
     def one(item: Any) -> Any:
         try:
@@ -333,14 +330,12 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
         except Exception as error:  # Pillow raises many kinds for a damaged file
             skipped.append((str(item[1] if isinstance(item, tuple) else item), reason(error)))
 
-    started, live, out = time.monotonic(), sys.stdout.isatty(), []
+    out = []
     with ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
         for result in pool.map(one, items):
             out.append(result)
-            if live and len(out) % 500 == 0:
-                print(f"\r{verb} {len(out):,} of {len(items):,} images ", end="", flush=True)
-    seconds = time.monotonic() - started
-    print("\r\x1b[K" * live + f"{verb} {len(items):,} images in {seconds:.1f} s\n" * (seconds > 2), end="", flush=True)
+            if len(out) % 500 == 0 and sys.stdout.isatty():
+                print(f"\r{verb} {len(out):,} of {len(items):,} images\x1b[K\r", end="", flush=True)
     return out
 
 
@@ -560,11 +555,6 @@ def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     return along_both_sides(x, matrix(x.shape[2]), matrix(x.shape[3]))
 
 
-def solarize(x: Tensor) -> Tensor:
-    """Invert what is at or above one half."""
-    return torch.where(x >= 0.5, 1 - x, x)
-
-
 def rotate(x: Tensor, quarters: Tensor | None = None) -> Tensor:
     """Turn each image counter-clockwise by `quarters` (N,) times 90 degrees, or by a random one; in place."""
     quarters = torch.randint(4, (len(x),)) if quarters is None else quarters
@@ -577,8 +567,3 @@ def normalize(x: Tensor) -> Tensor:
     """Take torchvision's mean off and divide by its deviation, channel by channel; changes `x` in place."""
     mean, std = (v.to(x.device, non_blocking=True).view(3, 1, 1) for v in (MEAN, STD))
     return x.sub_(mean).div_(std)
-
-
-def denormalize(x: Tensor) -> Tensor:
-    """`normalize` undone: pictures in [0, 1] to look at."""
-    return (x.float().cpu() * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)).clamp_(0, 1)

@@ -113,8 +113,8 @@ def traced(method: str, argv: list[str]) -> None:
 
     def traced_log(run, loss, z, *views):
         if run.step % EVERY == 0 or run.step + 1 == run.total:
-            std = common.feature_std(z) * math.sqrt(run.dim)
-            rows.append((run.step, loss.item(), std, common.cos2(z)))
+            std, _, cos2 = common.health(z)
+            rows.append((run.step, loss.item(), std * math.sqrt(run.dim), cos2))
         log(run, loss, z, *views)
 
     common.Run.log = traced_log

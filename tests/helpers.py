@@ -25,7 +25,7 @@ def python(*arguments, folder=ROOT, **options):
 def saved(folder, part="model"):
     """A part's state, or another entry, of the checkpoint in `folder`."""
     state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
-    return state["parts"].get(part, state.get(part))
+    return state["parts"][part][1] if part in state["parts"] else state.get(part)
 
 
 def equal(a, b):

@@ -240,7 +240,7 @@ def test_the_two_kinds_of_views_are_table_6(few_shapes, tmp_path, monkeypatch):
 def test_the_optimizer(optimizer, few_shapes, tmp_path):
     c = config(**TINY, optimizer=optimizer, weight_decay=1e-3, out=str(tmp_path))
     byol.train(c)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["kinds"]["optimizer"].lower() == optimizer
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["optimizer"][0].lower() == optimizer
     weights, rest = saved(tmp_path, "optimizer")["param_groups"]
     assert (weights["weight_decay"], rest["weight_decay"], weights["momentum"]) == (1e-3, 0.0, 0.9)
     assert weights["adapt"] and not rest["adapt"] and not weights.get("lr_in_momentum", False)

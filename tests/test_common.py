@@ -60,7 +60,6 @@ def no_curves(monkeypatch):
     "error, status, line",
     [
         (common.InputError("no"), 2, "error: no\n"),
-        (images.DataError("no"), 2, "error: no\n"),
         (common.RunFailure("no"), 1, "error: no\n"),
         (common.Stopped("stopped", signal.SIGINT), 130, "stopped\n"),
         (common.Stopped("stopped", signal.SIGTERM), 143, "stopped\n"),
@@ -165,7 +164,7 @@ def test_the_preset_follows_the_data(argv, preset):
 def test_booleans_and_no_abbreviations():
     assert common.parse_args(simclr.Config, ["--compile"]).compile
     assert not common.parse_args(simclr.Config, ["--no-compile"]).compile
-    with pytest.raises(common.InputError, match="unknown flag --temperatur; did you mean --temperature"):
+    with pytest.raises(common.InputError, match="unknown --temperatur 0.3; did you mean --temperature"):
         common.parse_args(simclr.Config, ["--temperatur", "0.3"])
 
 
@@ -444,15 +443,16 @@ def test_embed_is_in_eval_mode_and_gives_the_mode_back():
 def test_feature_std_and_effective_rank():
     torch.manual_seed(0)
     z = torch.randn(20_000, 16)
-    assert abs(common.feature_std(z) - 1 / 4) < 0.002 and abs(common.effective_rank(z) - 16) < 0.1
-    assert math.isclose(common.feature_std(7 * z), common.feature_std(z), rel_tol=1e-5)
+    (std, rank, _), scaled = common.health(z), common.health(7 * z)
+    assert abs(std - 1 / 4) < 0.002 and abs(rank - 16) < 0.1
+    assert math.isclose(scaled[0], std, rel_tol=1e-5)
     flat, two = torch.ones(100, 16), torch.eye(16)[torch.arange(100) % 2]
-    assert common.feature_std(flat) < 1e-6 and abs(common.effective_rank(flat) - 1) < 1e-3
-    assert abs(common.effective_rank(two) - 2) < 1e-3
+    assert common.health(flat)[0] < 1e-6 and abs(common.health(flat)[1] - 1) < 1e-3
+    assert abs(common.health(two)[1] - 2) < 1e-3
     z = torch.randn(9, 30)  # fewer rows than channels
     s = torch.linalg.svdvals(F.normalize(z.double(), dim=1))
     p = s / s.sum()
-    assert math.isclose(common.effective_rank(z), (-(p * p.log()).sum()).exp(), rel_tol=1e-4)
+    assert math.isclose(common.health(z)[1], (-(p * p.log()).sum()).exp(), rel_tol=1e-4)
 
 
 def test_cos2_is_the_mean_squared_cosine_of_pairs():
@@ -460,12 +460,12 @@ def test_cos2_is_the_mean_squared_cosine_of_pairs():
     for n, d in ((7, 4), (4, 7), (64, 256)):
         z = torch.randn(n, d) * torch.rand(n, 1)
         pairs = [F.cosine_similarity(z[i], z[j], dim=0).item() ** 2 for i in range(n) for j in range(n) if i != j]
-        assert math.isclose(common.cos2(z), sum(pairs) / len(pairs), rel_tol=1e-4)
+        assert math.isclose(common.health(z)[2], sum(pairs) / len(pairs), rel_tol=1e-4)
     line = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [0.5, 1.0]])  # two opposite points: std is not 0, but this is 1
-    assert math.isclose(common.cos2(line), 1, rel_tol=1e-6) and common.feature_std(line) > 0.5
+    assert math.isclose(common.health(line)[2], 1, rel_tol=1e-6) and common.health(line)[0] > 0.5
     dead = torch.zeros(5, 3)
-    assert common.cos2(dead) == 1 and common.effective_rank(dead) == 1
-    assert abs(common.cos2(torch.eye(5))) < 1e-6 and math.isfinite(common.cos2(torch.ones(1, 3)))
+    assert common.health(dead)[1:] == (1, 1)
+    assert abs(common.health(torch.eye(5))[2]) < 1e-6 and math.isfinite(common.health(torch.ones(1, 3))[2])
 
 
 # ------------------------------------------------------------------------------------------------- start and data
@@ -499,26 +499,25 @@ def test_a_run_and_its_files(tmp_path, capsys):
         assert math.isclose(metrics[key], float(value), rel_tol=1e-5)
 
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state.keys() == {"method", "config", "parts", "kinds", "progress", "steps", "rng"}
-    assert state["parts"].keys() == state["kinds"].keys() == {"model", "optimizer", "scaler"}
+    assert state.keys() == {"method", "config", "parts", "progress", "steps", "rng"}
+    assert state["parts"].keys() == {"model", "optimizer", "scaler"}
     assert (state["method"], state["steps"], state["progress"]["step"]) == ("simclr", 3, 9)
     assert json.loads((tmp_path / "config.json").read_text())["preset"] == "demo"
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     simclr.SimCLR(config()).backbone.load_state_dict(backbone)
-    assert all(torch.equal(state["parts"]["model"]["backbone." + name], value) for name, value in backbone.items())
+    assert all(torch.equal(state["parts"]["model"][1]["backbone." + name], value) for name, value in backbone.items())
     assert Image.open(tmp_path / "views.png").width > 8 * 90  # eight small pictures, enlarged
-    assert Image.open(tmp_path / "curves.png").size[0] == round(4 * 3.5 * 110)
+    assert Image.open(tmp_path / "curves.png").width == 14 * 110
 
     for words in (
-        "preset demo, 3 epochs of batch 30",
+        "simclr    --preset demo --epochs 3",
         "100 images, 10 held out",
         "10 classes: 0, 1",
-        "3 an epoch, 9 in all",
+        "3 of batch 30 an epoch, 9 in all",
     ):
         assert words in out
-    for name in ("raw pixels", "h, untrained backbone", "h, trained backbone", "g(h), trained"):
-        assert re.search(rf"^  {re.escape(name)} +{metrics[f'knn {name}']:.3f}$", out, re.M)
-    assert metrics["knn h, trained backbone"] == metrics["knn_top1"]
+    beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in ("g(h)", "untrained h", "raw pixels"))
+    assert f"\nkNN top-1 {metrics['knn_top1']:.3f} of h on 10 held-out images; {beside}\n" in out
     assert f"next: python linear_eval.py {tmp_path}\n" in out
     assert not list(tmp_path.glob("*.part")) and not (tmp_path / "checkpoint.previous.pt").exists()
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -530,7 +529,7 @@ def test_a_run_and_its_files(tmp_path, capsys):
 
 def test_without_labels(tmp_path, capsys, no_curves):
     metrics = train(tmp_path, PICTURES, knn_every=1)
-    assert metrics["knn_top1"] is None and not any(name.startswith("knn h") for name in metrics)
+    assert metrics["knn_top1"] is None and not any(name.startswith("knn ") for name in metrics)
     assert (tmp_path / "log.csv").read_text().splitlines()[1].split(",")[5] == ""
     out = capsys.readouterr().out
     assert "110 images, none held out; no labels" in out and "--data LABELLED_IMAGES" in out
@@ -540,7 +539,7 @@ def test_the_header_fits_the_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     a_run(tmp_path).header(loss="a word " * 40)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 8 and all(len(line) <= 80 for line in lines[1:])
+    assert len(lines) > 8 and all(len(line) <= 80 for line in lines)
 
 
 def test_progress_is_a_line_in_a_terminal_and_a_line_an_epoch_in_a_file(tmp_path, capsys, monkeypatch, no_curves):
@@ -548,12 +547,12 @@ def test_progress_is_a_line_in_a_terminal_and_a_line_an_epoch_in_a_file(tmp_path
     train(tmp_path)
     out = capsys.readouterr().out
     assert "\r" not in out and "min left" not in out
-    assert len(re.findall(r"^epoch +[12]/2  loss \d.*images/s$", out, re.M)) == out.count("epoch  ") == 2
+    assert len(re.findall(r"^epoch +[12]/2 .*images/s  loss \d.*rank [\d.]+$", out, re.M)) == out.count("epoch  ") == 2
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     train(tmp_path)
-    shown = re.findall(r"\r\x1b\[K(epoch \d/2 3/3 [^\r\n]*)", capsys.readouterr().out)
+    shown = re.findall(r"\r\x1b\[K(epoch +\d/2  3/3, [^\r\n]*)", capsys.readouterr().out)
     assert len(shown) == 2 and all(len(line) < 80 for line in shown)
-    assert all(re.search(r"min left loss \d.* std \d+% rank [\d.]+ [\d,]+ img/s$", line) for line in shown)
+    assert all(re.search(r"min left  [\d,]+ images/s  loss \d.* std [\d.]+", line) for line in shown)
 
 
 @pytest.mark.parametrize("minutes, steps", [(1e-9, [1, 2, 3, 4, 5, 6]), (0.0, [3, 6]), (10.0, [3, 6])])
@@ -605,13 +604,13 @@ def test_a_collapse_is_told_once_and_names_cos2(z, settled, collapsed, tmp_path,
 
 @pytest.mark.parametrize("rows", [[], [[1, 2.0, 0.1, 0.3, 9.0, None, 5.0]]])
 def test_curves_of_any_length(rows, tmp_path):
-    """None after Ctrl-C in the first epoch; without labels, no panel for kNN."""
+    """None after Ctrl-C in the first epoch; without labels the panel of kNN is empty."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     run = a_run(tmp_path)
     run.progress["rows"] = rows
     run.curves()
     assert (tmp_path / "curves.png").exists() == bool(rows)
-    assert not rows or Image.open(tmp_path / "curves.png").width == round(3 * 3.5 * 110)
+    assert not rows or Image.open(tmp_path / "curves.png").width == 14 * 110
 
 
 def test_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
@@ -664,9 +663,9 @@ def test_load_run(tmp_path, no_curves):
     for change, words in (
         ({"method": "os"}, "a run of os; put os.py beside common.py"),
         ({"method": "../simclr"}, "put ../simclr.py beside"),
-        ({"kinds": {"model": "Nothing"}}, "is not a whole checkpoint of simclr"),
+        ({"parts": {"model": ("Nothing", {})}}, "is not a whole checkpoint of simclr"),
         ({"config": {"unknown": 1}}, "is not a whole checkpoint of simclr"),
-        ({"parts": {"model": {}}}, "is not a whole checkpoint of simclr"),
+        ({"parts": {"model": ("SimCLR", {})}}, "is not a whole checkpoint of simclr"),
     ):
         torch.save(state | change, tmp_path / "checkpoint.pt")
         with pytest.raises(common.InputError, match=re.escape(words)):

@@ -101,7 +101,7 @@ def test_a_download_that_fails_is_one_line(name, tmp_path, monkeypatch):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(images.DataError, match=f"--data {name}: no files in .*the download failed .*Network") as found:
+    with pytest.raises(images.InputError, match=f"--data {name}: no files in .*the download failed .*Network") as found:
         load(name, data_dir=str(tmp_path / "none"))
     assert "\n" not in str(found.value)
 
@@ -134,7 +134,7 @@ def test_tensors_of_ones_own():
     ],
 )
 def test_tensors_of_the_wrong_kind(pictures, labels, words):
-    with pytest.raises(images.DataError, match=words):
+    with pytest.raises(images.InputError, match=words):
         images.from_tensors(pictures, labels, CPU)
 
 
@@ -264,7 +264,7 @@ def nothing(tmp_path, what):
 )
 def test_where_nothing_is_usable_one_line_says_so(what, words, resident_gb, tmp_path):
     root = nothing(tmp_path, what)
-    with pytest.raises(images.DataError, match=f"^--data {root}: {words}") as found:
+    with pytest.raises(images.InputError, match=f"^--data {root}: {words}") as found:
         load(root, resident_gb=resident_gb)
     assert "\n" not in str(found.value)
 
@@ -370,7 +370,7 @@ def test_a_folder_that_vanishes_is_one_line(tmp_path):
     data = load(classed(tmp_path), resident_gb=0)
     for path in data.train.paths:
         path.unlink()
-    with pytest.raises(images.DataError) as found:
+    with pytest.raises(images.InputError) as found:
         next(data.train.views([torch.tensor([0])], 32, workers=1))
     assert str(found.value) == "a hundred images in a row cannot be decoded; is the folder still there?"
 
@@ -452,5 +452,5 @@ def test_arrays_and_lists_will_do():
     pictures = np.zeros((20, 3, 8, 8), np.uint8)
     data = images.from_tensors(pictures, [0.0, 1.0] * 10, torch.device("cpu"))
     assert (len(data.train), len(data.test), data.train.labels.dtype) == (18, 2, torch.int64)
-    with pytest.raises(images.DataError, match="data must be uint8"):
+    with pytest.raises(images.InputError, match="data must be uint8"):
         images.from_tensors(pictures[:0], None, torch.device("cpu"))

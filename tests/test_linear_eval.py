@@ -49,10 +49,19 @@ def fresh_run(out, **given):
     """A run's folder whose network was never trained."""
     config = simclr.Config(**given, out=str(out))
     model = simclr.SimCLR(config)
-    state = {"method": "simclr", "config": dataclasses.asdict(config), "parts": {"model": model.state_dict()}}
-    state |= {"kinds": {"model": "SimCLR"}, "progress": {}, "steps": 0, "rng": torch.get_rng_state()}
+    state = {
+        "method": "simclr",
+        "config": dataclasses.asdict(config),
+        "parts": {"model": ("SimCLR", model.state_dict())},
+    }
+    state |= {"progress": {}, "steps": 0, "rng": torch.get_rng_state()}
     torch.save(state, out / "checkpoint.pt")
     return model
+
+
+def denormalize(x):
+    """`normalize` undone: pictures in [0, 1]."""
+    return x * images.STD.view(3, 1, 1) + images.MEAN.view(3, 1, 1)
 
 
 def little_data(n=60):
@@ -264,7 +273,7 @@ def test_the_published_protocol_shows_crops_and_flips():
     x = torch.cat(network.shown)
     dark = images.normalize(torch.zeros(1, 3, 1, 1))
     assert torch.allclose(x.amin((0, 2, 3)), dark.flatten(), atol=1e-5)  # torchvision's range, not [0, 1]
-    left, right = (images.denormalize(x)[..., i].amax((1, 2)) for i in (0, -1))
+    left, right = (denormalize(x)[..., i].amax((1, 2)) for i in (0, -1))
     assert 20 < (left > right + 0.2).sum() < 100 and 20 < (right > left + 0.2).sum() < 100  # the bright half
     assert len(x.flatten(1).unique(dim=0)) > 60  # and a crop of its own for each
     few = fit(Recorder(), data, chosen, how._replace(batch_size=300))
@@ -368,7 +377,7 @@ def test_a_probe_finds_what_was_lost():
     pictures, labels = images.make_shapes(800, 5, 32)
     split = images.resident(pictures, labels, CPU)
     data = images.Data("shapes", split, split)
-    small = lambda x: F.adaptive_avg_pool2d(images.denormalize(x), 4)  # noqa: E731
+    small = lambda x: F.adaptive_avg_pool2d(denormalize(x), 4)  # noqa: E731
     networks = {"h": lambda x: small(x).flatten(1), "z": lambda x: images.luma(small(x)).flatten(1)}  # z: no colours
     config = simclr.Config(image_size=32)
     table = linear_eval.run_probes(networks, data, config, ["grayscale"], 48, 0)["grayscale"]
@@ -473,7 +482,7 @@ def test_transfer_to_other_data_and_the_confusion_matrix(evaluate, tmp_path, cap
         ("--export .", "a folder; give the name of a file"),
         ("--seed -1", "--seed -1: must be at least 0"),
         ("--device nonsense", "--device nonsense: not to be had here"),
-        ("--labelfraction 0.1", "unknown flag --labelfraction; did you mean --label-fraction?"),
+        ("--labelfraction 0.1", "unknown --labelfraction 0.1; did you mean --label-fraction?"),
     ],
 )
 def test_bad_flags_and_flags_that_would_do_nothing_are_one_line(flags, words, evaluate, capsys):

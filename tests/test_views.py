@@ -135,7 +135,7 @@ def test_the_kernel_of_gaussian_blur_is_a_tenth_of_the_side(side, kernel):
 def test_flip_grey_and_solarize_equal_torchvision(x):
     assert torch.equal(images.flip(x), TF.hflip(x))
     assert largest_difference(images.grey(x), TF.rgb_to_grayscale(x, 3)) < 1e-6
-    assert torch.equal(images.solarize(x), TF.solarize(x, 0.5))
+    assert torch.equal(byol.solarize(x), TF.solarize(x, 0.5))
 
 
 def test_rotate_equals_torchvision():
@@ -146,11 +146,10 @@ def test_rotate_equals_torchvision():
     assert turned.bincount(minlength=4).min() > 60  # a random quarter for each image
 
 
-def test_normalize_is_what_torchvisions_weights_are_fed_and_denormalize_its_inverse(x):
+def test_normalize_is_what_torchvisions_weights_are_fed(x):
     preset = ResNet50_Weights.IMAGENET1K_V2.transforms()
     ours = images.normalize(x.clone())
     assert largest_difference(ours, TF.normalize(x, preset.mean, preset.std)) < 1e-6
-    assert largest_difference(images.denormalize(ours), x) < 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------- draws
