@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from torchvision.transforms import functional as TF
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # as torchvision's weights are fed
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-SMALLEST_SIDE = 8  # pixels; a smaller picture has nothing to crop and is skipped
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # whatever the suffix says, no other is opened
+SMALLEST_SIDE, MOST_PIXELS = 8, 89_000_000  # less has nothing to crop; more takes gigabytes: Pillow, too, warns of it
+SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid": 2, "validation": 2}  # in any case
 
 
 class InputError(ValueError):
@@ -40,13 +43,17 @@ class InputError(ValueError):
 class Images:
     """One split of a data set: N images with a label each (-1 where there is none).
 
-    Resident: `images` is a uint8 tensor (N, 3, H, W) on the device. Streamed: `images` is None and worker processes
-    decode `paths`. `sizes` (N, 2) holds each original height and width: crops are drawn in the coordinates of the
-    original picture, also where the resident copy was resized.
+    Resident: `images` is a uint8 tensor (M, 3, H, W) on the device, which splits may share, and `rows` (N,) are theirs.
+    Streamed: `images` is None and worker processes decode `paths`. `sizes` (N, 2) holds each original height and width:
+    crops are drawn in the coordinates of the original picture, also where the resident copy was resized.
     """
 
-    def __init__(self, images: Tensor | None, paths: Sequence[Path], sizes: Tensor, labels: Tensor, device: Any):
+    def __init__(
+        self, images: Tensor | None, paths: Sequence, sizes: Tensor, labels: Tensor, device: Any, rows: Any = None
+    ):
         self.images, self.paths, self.sizes, self.labels, self.device = images, paths, sizes, labels, device
+        self.rows = torch.arange(len(labels)) if rows is None else rows
+        self.told: set[str] = set()  # the damaged files that a line has named
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,7 +70,7 @@ class Images:
             yield from self.stream(batches, size, count, scale, seed, workers)
             return
         for index in batches:
-            picked, sizes = self.images[index.to(self.device, non_blocking=True)], self.sizes[index]
+            picked, sizes = self.images[self.rows[index].to(self.device, non_blocking=True)], self.sizes[index]
             shrink = (torch.tensor(picked.shape[2:]) / sizes).repeat(1, 2)  # original pixels -> pixels of the copy
             boxes = [crop_boxes(sizes, size, scale) * shrink for _ in range(count)]
             yield [crop_resize(picked, box, size) for box in boxes]
@@ -72,50 +79,57 @@ class Images:
         """`views` from worker processes, which decode and crop pieces of at most 256 images."""
         pieces = [[piece.tolist() for piece in batch.split(256)] for batch in batches]
         loader = torch.utils.data.DataLoader(
-            Streamed(self.paths, size, count, scale, seed),
+            Streamed(self.paths, self.labels, size, count, scale, seed),
             batch_sampler=[piece for batch in pieces for piece in batch],
             num_workers=min(workers, os.cpu_count() or 1),
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else it draws from torch's own, and a resumed run draws once more
         )
         try:
             arriving = iter(loader)
             for batch in pieces:
-                crops = torch.cat([next(arriving).to(self.device, non_blocking=True) for _ in batch])
-                yield [view.float().div_(255) for view in crops.unbind(1)]
+                crops, bad = zip(*(next(arriving) for _ in batch), strict=True)
+                for line in {line for piece in bad for lines in piece for line in lines.splitlines()} - self.told:
+                    self.told.add(line)
+                    print(f"\nwarning: {line}; another of its class stands in", file=sys.stderr)
+                whole = torch.cat([piece.to(self.device, non_blocking=True) for piece in crops])
+                yield [view.float().div_(255) for view in whole.unbind(1)]
         except InputError as error:  # a worker's, with its traceback in the text
             raise InputError(str(error).strip().split("InputError: ")[-1]) from None
 
 
-def leave_signals_to_the_run(worker: int) -> None:
+def start_worker(worker: int) -> None:
     """A terminal sends Ctrl-C to the workers too, but the main process needs their batch to stop after a whole step."""
+    warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # a second one ends it
 
 
 class Streamed(torch.utils.data.Dataset):
-    """Image index -> uint8 (count, 3, size, size), cropped from the full-resolution picture in a worker process."""
+    """Image index -> uint8 (count, 3, size, size), cropped from the full-resolution picture in a worker process, and
+    the damaged files met, a line each. For one of these another image of its label stands in, drawn at random."""
 
-    def __init__(self, paths: Sequence[Path], size: int, count: int, scale: Any, seed: int):
-        self.paths, self.size, self.count, self.scale, self.seed = paths, size, count, scale, seed
+    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int, count: int, scale: Any, seed: int):
+        self.paths, self.labels, self.size, self.count, self.scale, self.seed = paths, labels, size, count, scale, seed
 
-    def __getitem__(self, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63)
-        for offset in range(100):
-            path = self.paths[(index + offset) % len(self.paths)]  # the next stands in for a damaged one, as that class
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        generator, bad = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63), []
+        for _ in range(100):
             try:
-                image = torch.from_numpy(decode(path)[0]).permute(2, 0, 1)
+                image = torch.from_numpy(decode(self.paths[index])[0]).permute(2, 0, 1)
                 break
             except Exception as error:
-                print(f"\nwarning: skipped {path}: {reason(error)}", file=sys.stderr)
+                bad.append(f"skipped {self.paths[index]}: {reason(error)}")
+                alike = (self.labels == self.labels[index]).nonzero().squeeze(1)
+                index = int(alike[torch.randint(len(alike), (), generator=generator)])
         else:
             raise InputError("a hundred images in a row cannot be decoded; is the folder still there?")
         sizes, crops = torch.tensor([image.shape[1:]]), []
         for _ in range(self.count):
             box = [round(v) for v in crop_boxes(sizes, self.size, self.scale, generator)[0].tolist()]
             crops.append(TF.resized_crop(image, *box, [self.size, self.size], antialias=True))
-        return torch.stack(crops)
+        return torch.stack(crops), "\n".join(bad)
 
 
 @dataclass
@@ -134,36 +148,35 @@ class Data:
         return bool(self.classes) and self.test is not None
 
     def describe(self) -> str:
-        """Its size, classes by name, what was left out, and where the pictures are."""
+        """Its size, classes by name, what was left out and why, and where the pictures are."""
         held = f", {len(self.test):,} held out" if self.test else ", none held out"
+        bare = int((self.train.labels < 0).sum()) if self.classes else 0
         names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
         kinds = f"{len(self.classes)} classes: {names}" if self.classes else "no labels"
-        bad = f"; {len(self.skipped):,} files left out" if self.skipped else ""
+        kinds += f", {bare:,} images without a label" if bare else ""
+        bad = f"; left out: {', '.join(f'{n:,} {why}' for n, why in reasons(self.skipped))}" if self.skipped else ""
         where, images = "streamed by workers", self.train.images
         if images is not None:
-            total = (images.nbytes + (self.test.images.nbytes if self.test else 0)) / 1e6
+            parts = {part.images.data_ptr(): part.images.nbytes for part in (self.train, self.test) if part}
+            total = sum(parts.values()) / 1e6
             where = f"{images.shape[3]}x{images.shape[2]}, resident on {images.device.type}, {total:,.0f} MB"
         return f"{self.name}: {len(self.train):,} images{held}{bad}; {kinds}; {where}"
 
 
-def load(
-    name: str, image_size: int, device: torch.device, data_dir: str = "data", resident_gb: float = 4, workers: int = 4
-) -> Data:
-    """`shapes`, a set of torchvision's, or a folder. Raises `InputError` when there is nothing usable.
-
-    `image_size`: side of a view in pixels. Above `resident_gb` a folder's pictures are streamed by `workers`.
-    """
+def load(name: str, image_size: int, device: torch.device, data_dir: str = "data", **folder: Any) -> Data:
+    """`shapes`, a set of torchvision's, or a folder (`folder`: see `load_folder`), for views of `image_size` pixels.
+    Raises `InputError` when there is nothing usable."""
     if name == "shapes":
         (a, la), (b, lb) = make_shapes(10_000, 0, image_size), make_shapes(2_000, 1, image_size)
         return Data(name, resident(a, la, device), resident(b, lb, device), list(SHAPES))
     if name in ("cifar10", "cifar100", "stl10"):
         return load_torchvision(name, data_dir, device)
-    return load_folder(Path(name), image_size, device, resident_gb, workers)
+    return load_folder(Path(name), image_size, device, **folder)
 
 
-def resident(images: Tensor, labels: Tensor, device: torch.device) -> Images:
-    """A split of uint8 images (N, 3, H, W) that have their original size."""
-    return Images(images.to(device), (), torch.tensor(images.shape[2:]).expand(len(labels), 2), labels, device)
+def resident(images: Tensor, labels: Tensor, device: torch.device, rows: Any = None) -> Images:
+    """A split of uint8 images (M, 3, H, W) that have their original size: all, or the `rows` (N,); labels (N,)."""
+    return Images(images.to(device), (), torch.tensor(images.shape[2:]).expand(len(labels), 2), labels, device, rows)
 
 
 def from_tensors(images: Any, labels: Any, device: torch.device) -> Data:
@@ -178,15 +191,18 @@ def from_tensors(images: Any, labels: Any, device: torch.device) -> Data:
     if labels.shape != images.shape[:1]:
         raise InputError(f"labels must be ({len(images)},), one for each image, got {tuple(labels.shape)}")
     test, classes = every_tenth(labels), [str(i) for i in range(int(labels.max()) + 1)]
-    parts = [resident(images[mask], labels[mask], device) for mask in (~test, test)]
+    images, rows = images.to(device), [mask.nonzero().squeeze(1) for mask in (~test, test)]
+    parts = [resident(images, labels[row], device, row) for row in rows]
     return Data("a tensor", parts[0], parts[1] if len(parts[1]) else None, classes)
 
 
 def every_tenth(labels: Tensor) -> Tensor:
-    """(N,) True for the images that are held out where there is no test set: every tenth of each class."""
+    """(N,) True for the images that are held out where there is no test set: every tenth of each class, and at least
+    one of two or more."""
     test = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels[labels >= 0].unique():
-        test[(labels == label).nonzero().squeeze(1)[9::10]] = True
+        mine = (labels == label).nonzero().squeeze(1)
+        test[mine[max(1, min(9, len(mine) - 1)) :: 10]] = True
     return test
 
 
@@ -210,114 +226,184 @@ def load_torchvision(name: str, data_dir: str, device: torch.device) -> Data:
     return Data(name, *parts, list(sets[0].classes))
 
 
-def load_folder(root: Path, image_size: int, device: torch.device, resident_gb: float, workers: int) -> Data:
-    """A folder of images: `train/` with `test/` or `val/`, class sub-folders, or flat. Unreadable files are skipped.
+def load_folder(root: Path, image_size: int, device: Any, resident_gb: float = 4, workers: int = 4, out="") -> Data:
+    """A folder of images: `train/` with `test/` or `val/`, class sub-folders, or flat (see `inventory`, `arrange`).
 
-    Without a test folder every tenth image of each class is held out.
+    Above `resident_gb` pictures are streamed by `workers`. A run's folder `out` is no part of the set. Where no image
+    of a class that is trained on is held out, every tenth of each class is.
     """
     if not root.is_dir():
-        raise InputError(
-            f"--data {root}: no such folder; give a folder of images or one of shapes, cifar10, cifar100, stl10"
-        )
-    parts = [root / "train"] if (root / "train").is_dir() else [root]
-    parts += [p for p in (root / "test", root / "val") if parts[0] != root and p.is_dir()][:1]
-    names = sorted(p.name for p in parts[0].iterdir() if p.is_dir() and not p.name.startswith("."))
-    classes = {name: i for i, name in enumerate(names)} if len(names) > 1 else {}  # one folder says nothing
-    found = []  # (path, label, split)
-    for split, part in enumerate(parts):
-        labelled = [(path, classes.get(path.relative_to(part).parts[0], -1)) for path in list_images(part)]
-        found += [(p, y, split) for p, y in labelled if not (split and classes and y < 0)]  # a class not trained on
-    if not found:
-        raise InputError(f"--data {root}: no images in it (looked for {', '.join(sorted(SUFFIXES))})")
-
-    side, skipped, images = round(image_size * 8 / 7), [], None  # 256 for views of 224
-    sizes = in_threads(picture_size, [path for path, *_ in found], workers, skipped, "checked")
-    found = [item for item, size in zip(found, sizes, strict=True) if size]
-    sizes = [size for size in sizes if size]
-    if found and len(found) * 3 * side * side <= resident_gb * 1e9:
-        same = max(sizes[0]) <= side and len(set(sizes)) == 1
-        fit = sizes[0] if same else (side, side)  # photos of many shapes: the whole picture, squeezed into a square
-        images = torch.empty((len(found), 3, *fit), dtype=torch.uint8)
+        choices = "give a folder of images or one of shapes, cifar10, cifar100, stl10"
+        raise InputError(f"--data {root}: no such folder; {choices}")
+    files, skipped = inventory(root, out)
+    damaged, side, pixels = [], round(image_size * 8 / 7), None  # 256 for views of 224
+    sizes = in_threads(picture_size, files, workers, damaged, "checked")
+    size_of = {path: size for path, size in zip(files, sizes, strict=True) if size}
+    if size_of and len(size_of) * 3 * side * side <= resident_gb * 1e9:
+        first = next(iter(size_of.values()))
+        same = max(first) <= side and len({*size_of.values()}) == 1
+        fit = first if same else (side, side)  # photos of many shapes: the whole picture, squeezed into a square
+        pixels = torch.empty((len(size_of), 3, *fit), dtype=torch.uint8)
 
         def read(item: tuple[int, Path]) -> tuple[int, int]:
-            pixels, size = decode(item[1], fit)
-            images[item[0]] = torch.from_numpy(pixels).permute(2, 0, 1)
+            array, size = decode(item[1], fit)
+            pixels[item[0]] = torch.from_numpy(array).permute(2, 0, 1)
             return size
 
-        sizes = in_threads(read, list(enumerate(path for path, *_ in found)), workers, skipped, "decoded")
-    for path, why in skipped[:20]:
+        size_of = dict(
+            zip(size_of, in_threads(read, list(enumerate(size_of)), workers, damaged, "decoded"), strict=True)
+        )
+        pixels = pixels.to(device)
+    for path, why in damaged[:20]:
         print(f"warning: skipped {path}: {why}", file=sys.stderr)
-    if len(skipped) > 20:
-        print(f"warning: skipped {len(skipped) - 20:,} more like these", file=sys.stderr)
-    good = [i for i, size in enumerate(sizes) if size]
-    if not good:
-        raise InputError(f"--data {root}: none of its {len(skipped):,} images can be decoded")
+    if len(damaged) > 20:
+        print(f"warning: skipped {len(damaged) - 20:,} more like these", file=sys.stderr)
 
-    labels, split = (torch.tensor([found[i][column] for i in good]) for column in (1, 2))
-    test = every_tenth(labels) if len(parts) == 1 and classes else split == 1
+    rows = {path: row for row, path in enumerate(size_of)}
+    train, test = arrange(root, [path for path, size in size_of.items() if size], skipped)
+    if not train:
+        why = ", ".join(f"{n:,} {why}" for n, why in reasons(skipped + damaged)) or "it is empty"
+        raise InputError(f"--data {root}: no image to train on: {why}; looked for {', '.join(sorted(SUFFIXES))}")
+    index = {name: label for label, name in enumerate(sorted({*train.values()} - {""}))}
+    if index and not test:
+        held = every_tenth(torch.tensor([index.get(name, -1) for name in train.values()])).tolist()
+        test = {path: train[path] for path, out in zip(train, held, strict=True) if out}
+        train = {path: name for path, name in train.items() if path not in test}
 
-    def part(mask: Tensor) -> Images:
-        keep = [good[i] for i in mask.nonzero().squeeze(1).tolist()]
-        kept = None if images is None else images[keep].to(device)
-        return Images(kept, [found[i][0] for i in keep], torch.tensor([sizes[i] for i in keep]), labels[mask], device)
+    def split(part: dict[Path, str]) -> Images:
+        row, sizes = torch.tensor([rows[path] for path in part]), torch.tensor([size_of[path] for path in part])
+        labels = torch.tensor([index.get(name, -1) for name in part.values()])
+        return Images(pixels, list(part), sizes, labels, device, row)
 
-    if test.all():
-        raise InputError(f"--data {root}: no image left to train on in {parts[0]}")
-    return Data(str(root), part(~test), part(test) if test.any() else None, list(classes), skipped)
+    return Data(str(root), split(train), split(test) if test else None, list(index), skipped + damaged)
+
+
+def reasons(skipped: list[tuple[str, str]]) -> list[tuple[int, str]]:
+    """How many files were left out for which kind of reason, the most first."""
+    return [(n, why) for why, n in Counter(why.split(":")[0] for _, why in skipped).most_common()]
+
+
+def inventory(root: Path, out: str = "") -> tuple[list[Path], list[tuple[str, str]]]:
+    """The files below `root` that are named like pictures, in a fixed order, and what was left out, with its reason.
+
+    Links are followed, but each real folder and file is visited once. A run's folder, as `out` is, is not part of it.
+    """
+    files, skipped, own, seen = [], [], os.path.realpath(out) if out else "", {os.path.realpath(root)}
+    unreadable = lambda error: skipped.append((error.filename, f"unreadable: {error.strerror}"))  # noqa: E731
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real, down = os.path.realpath(folder), []
+        for name in sorted(folders) + sorted(names):
+            path, why = os.path.join(folder, name), ""
+            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+            if name.startswith("."):
+                why = "hidden"
+            elif target in seen:
+                why = "there already, by another name"
+            elif target == own or all(os.path.exists(os.path.join(path, log)) for log in ("config.json", "log.csv")):
+                why = "a run's folder"
+            elif os.path.isdir(path):
+                down.append(name)
+            elif not os.path.isfile(path):
+                why = "no regular file"
+            elif os.path.splitext(name)[1].lower() not in SUFFIXES:
+                why = "not named like a picture"
+            else:
+                files.append(Path(path))
+            seen.add(target)
+            skipped += [(path, why)] if why else []
+        folders[:] = down
+    return files, skipped
+
+
+def arrange(root: Path, files: list[Path], skipped: list[tuple[str, str]]) -> tuple[dict[Path, str], dict[Path, str]]:
+    """The training and the held-out pictures, each with the name of its class or "".
+
+    A split is a folder of a name in SPLITS; test wins over val. Without class folders in it, and with no other split
+    beside it, a folder `train` is one class among others. A picture in neither split, or held out of a class that is
+    not trained on, goes to `skipped`.
+    """
+    parts = {path: path.relative_to(root).parts for path in files}
+    tops = {part[0] for part in parts.values() if len(part) > 1}
+    tops |= {path.name for path in root.iterdir() if path.is_dir() and SPLITS.get(path.name.lower()) == 0}
+    kinds = {SPLITS.get(top.lower()) for top in tops}
+    nested = any(SPLITS.get(part[0].lower()) == 0 and len(part) > 2 for part in parts.values())
+    whole = 0 not in kinds or not (kinds == {0} or kinds & {1, 2} or nested)  # all of it is for training
+    found, held = [{}, {}], min(kinds & {1, 2}, default=1)
+    for path, part in parts.items():
+        split = 0 if whole else SPLITS.get(part[0].lower()) if len(part) > 1 else None
+        if split in (0, held):
+            folders = part[:-1] if whole else part[1:-1]
+            found[split > 0][path] = folders[0] if folders else ""
+        else:
+            skipped.append((str(path), "in neither train nor test"))
+    train, test = found
+    if len(classes := {*train.values()} - {""}) < 2:  # one folder says nothing
+        return dict.fromkeys(train, ""), dict.fromkeys(test, "")
+    skipped += [(str(path), "in no class of train") for path, name in test.items() if name not in classes]
+    return train, {path: name for path, name in test.items() if name in classes}
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
 
 
-def list_images(root: Path) -> list[Path]:
-    """Every file below `root` named like an image, in a fixed order, through links, without hidden ones."""
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()
-        down = (f for f in folders if not here.is_relative_to((here / f).resolve()))  # no link back up
-        folders[:] = sorted(f for f in down if not f.startswith("."))
-        names = sorted(f for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith("."))
-        found += [Path(folder) / name for name in names]
-    return found
-
-
 def picture_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a file's header. Raises what Pillow does, and ValueError for a picture too small to crop."""
-    with Image.open(path) as image:
+    """(height, width) from a file's header. Raises what Pillow does, and ValueError for a picture of a bad size."""
+    with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
     if min(width, height) < SMALLEST_SIDE:
-        raise ValueError(f"{width}x{height} pixels, smaller than {SMALLEST_SIDE}")
+        raise ValueError(f"too small: {width}x{height} pixels, a side under {SMALLEST_SIDE}")
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"too large: {width}x{height} pixels, more than {MOST_PIXELS:,} in all; scale it down")
     return height, width
 
 
 def decode(path: Path, fit: tuple[int, int] | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read any picture as uint8 RGB (H, W, 3), upright, with its original (height, width).
+    """Read any picture as a viewer shows it: uint8 RGB (H, W, 3), upright, with its original (height, width).
 
-    Grey, palette, RGBA, CMYK and 16-bit pictures are converted. `fit` = (height, width) resizes, which lets JPEG
-    decode at a reduced scale. Raises what Pillow raises for a damaged file.
+    Grey, palette, CMYK, 16-bit and float pictures are converted, transparent ones laid on white; of several frames the
+    first is read. `fit` = (height, width) resizes, which lets JPEG decode at a reduced scale. Raises what Pillow raises
+    for a damaged file.
     """
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-        width, height = image.size
-        turned = image.getexif().get(0x0112, 1)  # EXIF orientation
+    with Image.open(path, formats=FORMATS) as image:
+        full = image.size
         if fit:
             image.draft("RGB", (2 * fit[1], 2 * fit[0]))
-        if turned > 1:
-            image = ImageOps.exif_transpose(image)
-            width, height = (height, width) if turned >= 5 else (width, height)
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            image = Image.fromarray((np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
+        reduced, known = image.size != full, image.format in ("PNG", "PPM")
+        image.load()  # turns a TIFF, and takes its tag
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+        ImageOps.exif_transpose(image, in_place=True)
+        width, height = (full[::-1] if turned else full) if reduced else image.size
+        if image.mode[0] in "IF":
+            image = eight_bits(image, known)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("RGB")
         if fit and image.size != (fit[1], fit[0]):
             image = image.resize((fit[1], fit[0]), Image.Resampling.BILINEAR)  # with antialiasing
         return np.array(image), (height, width)
 
 
+def eight_bits(image: Image.Image, known: bool) -> Image.Image:
+    """A grey picture of integers or floats in 0..255. If its mode or format (`known`) does not say that it is of 16
+    bits, its range is the smallest of 0..1, 0..255 and 0..65535 that holds its values, or else theirs."""
+    values = np.asarray(image, np.float32)
+    low, high = min(0.0, float(values.min())), float(values.max())
+    if not math.isfinite(high - low):
+        raise ValueError("its values are not all finite")
+    if known or image.mode.startswith("I;16"):
+        high = 65535
+    else:
+        high = next((top for top in (1, 255, 65535) if low == 0 and high <= top), high)
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-30)) + 0.5).astype(np.uint8))
+
+
 def reason(error: Exception) -> str:
-    """An exception in one line."""
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0] or repr(error)
+    """An exception in one line; what stands before a colon is its kind."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    text = getattr(error, "strerror", None) or str(error).split("\n")[0] or repr(error)
+    kind = "too large: " if isinstance(error, Image.DecompressionBombError) else "damaged: "
+    return text if text.startswith("too ") else kind + text
 
 
 def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str) -> list:
@@ -331,7 +417,8 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
             skipped.append((str(item[1] if isinstance(item, tuple) else item), reason(error)))
 
     out = []
-    with ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         for result in pool.map(one, items):
             out.append(result)
             if len(out) % 500 == 0 and sys.stdout.isatty():

@@ -42,7 +42,7 @@ def classed(root, n=40, classes="ab"):
 
 def levels(split):
     """The grey level of each resident picture of `classed`."""
-    return split.images.flatten(1).float().mean(1).long().tolist()
+    return split.images[split.rows].flatten(1).float().mean(1).long().tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- sets
@@ -120,7 +120,8 @@ def test_tensors_of_ones_own():
         assert split.labels.tolist() == [i % 2 if i < 40 else -1 for i in levels(split)]
     data = images.from_tensors(pictures, None, CPU)
     assert (len(data.train), data.test, data.labelled) == (45, None, False) and (data.train.labels == -1).all()
-    assert images.from_tensors(pictures[:6], labels[:6], CPU).test is None  # too few to hold any out
+    assert levels(images.from_tensors(pictures[:6], labels[:6], CPU).test) == [4, 5]  # at least one of a class
+    assert images.from_tensors(pictures[:2], labels[:2], CPU).test is None  # but none of one
 
 
 @pytest.mark.parametrize(
@@ -200,29 +201,118 @@ def test_links_hidden_folders_and_stray_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("resident_gb", [4, 0])
-def test_damaged_files_are_named_skipped_and_counted(resident_gb, tmp_path, capsys):
+def test_damaged_files_are_named_skipped_and_counted(resident_gb, tmp_path, capsys, monkeypatch):
     root = classed(tmp_path)
     write(root / "a" / "cut.png", noise(32, 32, 3))
     whole = (root / "a" / "cut.png").read_bytes()
     (root / "a" / "cut.png").unlink()
     (root / "a" / "000broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 this is not a JPEG")
-    (root / "a" / "notes.txt").write_text("text among images")
+    (root / "a" / "script.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n"
+    )  # no Ghostscript for it
     (root / "b" / "empty.png").write_bytes(b"")
-    (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
     write(root / "b" / "dot.png", plain(0, 40, images.SMALLEST_SIDE - 1))
-    names = ["000broken.jpg", "empty.png", "gone.png", "dot.png"]
+    monkeypatch.setattr(images, "MOST_PIXELS", 32 * 32)
+    write(root / "b" / "huge.png", plain(0, 32, 33))
+    why = {
+        "000broken.jpg": "damaged: Truncated",
+        "script.jpg": "not an image",
+        "empty.png": "not an image",
+        "dot.png": "too small: 7x40 pixels",
+        "huge.png": "too large: 33x32 pixels, more than 1,024",
+    }
     if resident_gb:  # streamed pictures are only decoded later
         (root / "a" / "000cut.png").write_bytes(whole[: len(whole) // 2])
-        names.append("000cut.png")
+        why["000cut.png"] = "damaged: "
     data = load(root, resident_gb=resident_gb)
     err = capsys.readouterr().err
-    assert sorted(os.path.basename(path) for path, _ in data.skipped) == sorted(names)
-    assert err.count("\n") == len(names) and all(err.count(f"/{name}: ") == 1 for name in names)
-    assert "7x40 pixels, smaller than 8" in err
-    assert f"; {len(names)} files left out; " in data.describe() and len(data.train) + len(data.test) == 40
+    assert sorted(os.path.basename(path) for path, _ in data.skipped) == sorted(why)
+    assert err.count("\n") == len(why) and all(err.count(f"/{name}: {words}") == 1 for name, words in why.items())
+    for said in ("2 not an image", "1 too small", "1 too large", f"{1 + bool(resident_gb)} damaged"):
+        assert said in data.describe()
+    assert len(data.train) + len(data.test) == 40
     if resident_gb:  # and the rest kept their labels
         assert levels(data.test) == [18, 38, 19, 39]
         assert all(split.labels.tolist() == [i % 2 for i in levels(split)] for split in (data.train, data.test))
+
+
+TWENTY = {f"{name}/{i}.png": 1 for name in "ab" for i in range(10)}  # path -> a whole picture, or a damaged one
+LAYOUTS = {  # files -> (images to train on, held out, classes, what is left out)
+    "other names": (
+        {f"Training/{p}": 1 for p in TWENTY} | {"Testing/a/1.png": 1, "Testing/b/1.png": 1},
+        (20, 2, "ab", {}),
+    ),
+    "a flat val": ({f"train/{p}": 1 for p in TWENTY} | {"val/1.png": 1}, (18, 2, "ab", {"in no class of train": 1})),
+    "classes of one split": (
+        {f"train/{p}": 1 for p in TWENTY} | {"train/c/1.png": 1, "valid/a/1.png": 1, "valid/d/1.png": 1},
+        (21, 1, "abc", {"in no class of train": 1}),
+    ),
+    "val beside test": (
+        {f"train/{p}": 1 for p in TWENTY} | {"val/a/1.png": 1, "test/b/1.png": 1, "more.png": 1},
+        (20, 1, "ab", {"in neither train nor test": 2}),
+    ),
+    "no picture in a class": (
+        TWENTY | {"c/notes.txt": 1, "d/1.png": 0},
+        (18, 2, "ab", {"not named like a picture": 1, "damaged": 1}),
+    ),
+    "few pictures": ({"a/1.png": 1, "a/2.png": 1, "b/1.png": 1, "c/1.png": 1, "c/2.png": 1}, (3, 2, "abc", {})),
+    "trains among classes": (
+        {f"{name}/{i}.png": 1 for name in ("bus", "train") for i in range(4)},
+        (6, 2, ["bus", "train"], {}),
+    ),
+    "one class": ({f"Train/a/{i}.png": 1 for i in range(3)} | {"test/b/1.png": 1}, (3, 1, [], {})),
+    "hidden": (TWENTY | {".thumbs/1.png": 1, "a/._1.png": 1}, (18, 2, "ab", {"hidden": 2})),
+    "a run's pictures": (
+        TWENTY
+        | {f"runs/old/{name}": 1 for name in ("views.png", "log.csv", "config.json")}
+        | {"runs/new/views.png": 1},
+        (18, 2, "ab", {"a run's folder": 2}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_folder_is_understood_or_what_was_not_is_told(name, tmp_path):
+    files, (train, test, classes, left_out) = LAYOUTS[name]
+    write(tmp_path / "whole.png", noise(16, 16, 3))
+    whole = (tmp_path / "whole.png").read_bytes()
+    for path, good in files.items():
+        (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / path).write_bytes(whole if good else whole[:200])
+    data = load(tmp_path / "photos", 16, out=str(tmp_path / "photos" / "runs" / "new"))
+    assert (len(data.train), len(data.test), data.classes) == (train, test, list(classes))
+    assert dict((why, n) for n, why in images.reasons(data.skipped)) == left_out
+    assert all(f"{n} {why}" in data.describe() for why, n in left_out.items())
+    named = {
+        path: label for split in (data.train, data.test) for path, label in zip(split.paths, split.labels, strict=True)
+    }
+    for path, label in named.items():
+        assert (data.classes[label] if label >= 0 else "") in (path.parent.name, "")
+    assert (name == "one class") == all(label < 0 for label in named.values())
+
+
+def test_each_real_folder_and_file_is_visited_once(tmp_path):
+    for i in range(10):
+        write(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png", plain(i))
+    write(tmp_path / "elsewhere" / "c" / "1.png", plain(50))
+    links = {"a/back": "..", "a/out": "../..", "b/again": "../a", "b/same.png": "9.png", "c": "../elsewhere/c"}
+    for name, target in links.items():
+        (tmp_path / "photos" / name).symlink_to(target)
+    (tmp_path / "photos" / "a" / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "photos" / "a" / "pipe.png")  # opening it would wait for ever
+    data = load(tmp_path / "photos")
+    both = levels(data.train) + levels(data.test)
+    assert sorted(both) == [*range(10), 50] and len(data.classes) == 3
+    again = [path for path, why in data.skipped if why == "there already, by another name"]
+    assert {os.path.relpath(path, tmp_path / "photos") for path in again} >= {"a/back", "b/same.png"}
+    assert dict((why, n) for n, why in images.reasons(data.skipped))["no regular file"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_told(tmp_path):
+    root = classed(tmp_path, 20)
+    (root / "c").mkdir(mode=0)
+    assert "unreadable: Permission denied" in str(load(root).skipped)
 
 
 def test_more_than_twenty_damaged_files_are_counted(tmp_path, capsys):
@@ -256,10 +346,10 @@ def nothing(tmp_path, what):
     [
         ("nowhere", "no such folder; give a folder of images or one of shapes, cifar10, cifar100, stl10"),
         ("a file", "no such folder"),
-        ("empty", "no images in it .looked for .bmp"),
-        ("text", "no images in it"),
-        ("damaged", "none of its 1 images can be decoded"),
-        ("no train", "no image left to train on in .*train"),
+        ("empty", "no image to train on: it is empty; looked for .bmp"),
+        ("text", "no image to train on: 1 not named like a picture"),
+        ("damaged", "no image to train on: 1 not an image"),
+        ("no train", "no image to train on: "),
     ],
 )
 def test_where_nothing_is_usable_one_line_says_so(what, words, resident_gb, tmp_path):
@@ -274,40 +364,51 @@ def test_where_nothing_is_usable_one_line_says_so(what, words, resident_gb, tmp_
 
 def test_every_kind_of_picture_is_decoded(tmp_path):
     """Colour, transparent, grey, palette, 1-bit, 16-bit, float, CMYK: uint8 RGB of the right pixels."""
+    on_white = lambda alpha: np.round(alpha / 255.0 * rgb + 255 - alpha)  # noqa: E731
     rgb, grey = noise(12, 9, 3), noise(12, 9)
     grey3 = np.stack([grey] * 3, 2)
     black = grey > 127
     made = {
         "rgb.png": (Image.fromarray(rgb), rgb),
-        "rgba.png": (Image.fromarray(np.concatenate([rgb, noise(12, 9, 1)], 2)), rgb),
+        "rgba.png": (Image.fromarray(np.concatenate([rgb, noise(12, 9, 1)], 2)), on_white(noise(12, 9, 1))),
         "grey.png": (Image.fromarray(grey), grey3),
-        "grey-alpha.png": (Image.fromarray(np.stack([grey, grey], 2)), grey3),
+        "grey-alpha.png": (Image.fromarray(np.stack([grey, 255 - 0 * grey], 2)), grey3),
         "bits.png": (Image.fromarray(black), np.stack([black * np.uint8(255)] * 3, 2)),
         "16-bit.png": (Image.fromarray(grey.astype(np.uint16) * 257), grey3),
         "16-bit.tif": (Image.fromarray(grey.astype(np.uint16) * 256 + 255), grey3),
         "32-bit.tif": (Image.fromarray(grey.astype(np.int32) * 257), grey3),
+        "large.tif": (Image.fromarray(grey.astype(np.int32) * 70_000), grey3 * (255 / grey.max())),
         "palette.gif": (few := Image.fromarray(rgb).quantize(64), np.asarray(few.convert("RGB"))),
         "float.tif": (Image.fromarray(grey.astype(np.float32) / 255), grey3),
+        "float-255.tif": (Image.fromarray(grey.astype(np.float32)), grey3),
+        "negative.tif": (Image.fromarray(grey.astype(np.float32) - grey.max()), grey3 * (255 / grey.max())),
         "cmyk.tif": (ink := Image.fromarray(rgb).convert("CMYK"), np.asarray(ink.convert("RGB"))),
     }
     for name, (picture, expected) in made.items():
         picture.save(tmp_path / name)
         pixels, size = images.decode(tmp_path / name)
         assert size == (12, 9) and pixels.shape == (12, 9, 3) and pixels.dtype == np.uint8, name
-        assert np.abs(pixels.astype(int) - expected).max() <= (name == "float.tif"), name
+        assert np.abs(pixels - expected).max() <= 1, name
         assert images.decode(tmp_path / name, (16, 16))[0].shape == (16, 16, 3), name
+    Image.fromarray(np.full((12, 9), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="not all finite"):
+        images.decode(tmp_path / "nan.tif")
     ink.save(tmp_path / "cmyk.jpg", quality=95)
     assert images.decode(tmp_path / "cmyk.jpg")[0].shape == (12, 9, 3)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
 @pytest.mark.parametrize("orientation, turned", [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_pictures_are_turned_upright_as_exif_says(orientation, turned, tmp_path):
-    rgb, exif = noise(12, 9, 3), Image.Exif()
+def test_pictures_are_turned_upright_as_exif_says(orientation, turned, suffix, tmp_path):
+    rgb, exif = np.kron(noise(3, 2, 3), np.ones((60, 60, 1))).astype(np.uint8), Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(rgb).save(tmp_path / "x.png", exif=exif)
-    pixels, size = images.decode(tmp_path / "x.png")
-    assert size == pixels.shape[:2] and np.array_equal(pixels, np.rot90(rgb, turned))
-    pixels, again = images.decode(tmp_path / "x.png", (16, 20))
+    Image.fromarray(rgb).save(tmp_path / f"x.{suffix}", exif=exif, quality=100, lossless=True)
+    pixels, size = images.decode(tmp_path / f"x.{suffix}")
+    assert (
+        size == pixels.shape[:2]
+        and np.abs(pixels - np.rot90(rgb, turned).astype(int)).mean() < 6 * (suffix == "jpg") + 0.1
+    )
+    pixels, again = images.decode(tmp_path / f"x.{suffix}", (16, 20))  # of a JPEG, at a reduced scale
     assert again == size and pixels.shape == (16, 20, 3)
 
 
@@ -358,12 +459,17 @@ def test_large_batches_are_streamed_in_pieces(tmp_path):
     assert one.shape == (324, 3, 16, 16) and torch.equal(one[:36], one[288:])
 
 
-def test_a_file_that_is_damaged_later_is_replaced_by_the_next_one(tmp_path, capfd):
+def test_a_file_that_is_damaged_later_is_told_once_and_replaced_by_any_of_its_class(tmp_path, capfd):
     data = load(classed(tmp_path), resident_gb=0)
     broken = data.train.paths[3]
     broken.write_bytes(broken.read_bytes()[:40])
-    (view,) = next(data.train.views([torch.tensor([3, 4])], 32, workers=1))
-    assert torch.equal(view[0], view[1]) and f"warning: skipped {broken}: " in capfd.readouterr().err
+    alike = {round(level / 255, 4) for level in range(0, 40, 2)}  # the grey levels of its class
+    seen = set()
+    for seed in range(8):
+        (view,) = next(data.train.views([torch.tensor([3, 4])], 32, scale=(0.9, 1.0), seed=seed, workers=1))
+        seen.add(round(view[0].mean().item(), 4))
+    assert len(seen) > 2 and seen <= alike
+    assert capfd.readouterr().err.count(f"warning: skipped {broken}: ") == 1
 
 
 def test_a_folder_that_vanishes_is_one_line(tmp_path):
@@ -438,14 +544,6 @@ def test_real_pictures_load_resident_and_streamed(cifar10_folder, tmp_path):
     first = sorted((tmp_path / "train" / resident.classes[0]).iterdir())[0]
     pixels = torch.from_numpy(np.array(Image.open(first).convert("RGB"))).permute(2, 0, 1)
     assert torch.equal(resident.train.images[0], pixels)
-
-
-def test_a_link_back_up_is_not_followed(tmp_path):
-    for name in ("a/1.png", "b/2.png"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    (tmp_path / "a" / "back").symlink_to(tmp_path)
-    assert [p.name for p in images.list_images(tmp_path)] == ["1.png", "2.png"]
 
 
 def test_arrays_and_lists_will_do():
