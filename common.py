@@ -95,6 +95,7 @@ class RunConfig:
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    lr_of_preset_batch: ClassVar[bool] = False  # whether `lr` is that of the preset's N, as is; else it is scaled by N
     recipe: ClassVar[str] = "paper"  # the preset's name, and the flags given by hand: set on each object
     given: ClassVar[set[str]] = set()
 
@@ -415,17 +416,23 @@ def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | N
     return out
 
 
+def knn_k(labels: Tensor) -> int:
+    """k of the kNN classifier for a bank of these labels: 200, or the mean number of images of a class if that is
+    less."""
+    return max(1, min(200, len(labels) // len(labels.unique())))
+
+
 @torch.no_grad()
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 200, temperature: float = 0.1
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int | None = None, temperature: float = 0.1
 ) -> float:
     """Top-1 of the weighted kNN classifier (Wu et al. 2018, arXiv:1805.01978): votes exp(cosine / temperature).
 
-    `bank` (N, d) with `bank_labels` (N,), `queries` (M, d) with `labels` (M,); k is capped by N.
+    `bank` (N, d) with `bank_labels` (N,), `queries` (M, d) with `labels` (M,); k, at most N, is that of `knn_k`.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     bank_labels, labels = bank_labels.to(bank.device), labels.to(bank.device)
-    k, classes, right = min(k, len(bank)), int(bank_labels.max()) + 1, 0
+    k, classes, right = min(k or knn_k(bank_labels), len(bank)), int(bank_labels.max()) + 1, 0
     for rows, truth in zip(queries.split(1024), labels.split(1024), strict=True):
         similarity, index = (rows @ bank.T).topk(k, dim=1)  # (m, k)
         votes = torch.zeros(len(rows), classes, device=bank.device)
@@ -434,16 +441,28 @@ def knn_accuracy(
     return right / len(queries)
 
 
+def warn_of_guess(loss: float, classes: int) -> None:
+    """Say so when the last loss of a classifier is no better than that of equal shares."""
+    if not loss <= math.log(classes):
+        print(f"warning: the classifier's last loss, {loss:.2f}, is worse than a guess's, {math.log(classes):.2f}")
+
+
 BANK = 100_000  # training images that kNN compares with, at most, drawn by a seed
 
 
+def knn_bank(data: Data) -> Tensor:
+    """Indices of the training images that kNN compares with: those with a label."""
+    bank = (data.train.labels >= 0).nonzero().squeeze(1)
+    return (
+        bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:BANK]] if len(bank) > BANK else bank
+    )
+
+
 def knn_of(network: Callable, data: Data, config: RunConfig) -> float | None:
-    """kNN top-1 on the held-out images, with the labelled training images as the bank; None without labels."""
+    """kNN top-1 on the held-out images, with `knn_bank`; None without labels."""
     if not data.labelled:
         return None
-    bank = (data.train.labels >= 0).nonzero().squeeze(1)
-    if len(bank) > BANK:
-        bank = bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:BANK]]
+    bank = knn_bank(data)
     known, queries = embed(network, data.train, config, bank), embed(network, data.test, config)
     mean = known.mean(0) if network is pixels else 0
     return knn_accuracy(known - mean, data.train.labels[bank], queries - mean, data.test.labels)
@@ -482,6 +501,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def load_data(config: RunConfig, device: torch.device) -> Data:
+    """The data set that a config asks for. Raises `InputError` when there is nothing usable."""
+    folder = {"resident_gb": config.resident_gb, "workers": config.workers, "out": config.out}
+    return images.load(config.data, config.image_size, device, config.data_dir, **folder)
+
+
 def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     """Pick the device, seed everything, make the run's folder, load the data and fit the preset to its size.
 
@@ -498,29 +523,41 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
     if data is None:
-        where = (config.data_dir, config.resident_gb, config.workers)
-        data = images.load(config.data, config.image_size, device, *where)
+        data = load_data(config, device)
     elif not isinstance(data, Data):
         data = images.from_tensors(*(data if isinstance(data, tuple) else (data, None)), device)
+    save_whole("".join(f"{path}: {why}\n" for path, why in data.skipped), out / "skipped.txt")
     fit_to(config, len(data.train))
     torch.manual_seed(config.seed)
     return device, data
 
 
 def fit_to(config: RunConfig, n: int) -> None:
-    """Fit what was not given by hand to `n` training images: the batch (to the power of two that makes at least 16
-    steps an epoch, but no lower than 16, or n, since BN needs some) and the warm-up. One line says so."""
+    """Fit what was not given by hand to `n` training images, and say so in a line.
+
+    A batch that makes fewer than 8 steps an epoch becomes the power of two that makes at least 16, but no lower than 16
+    (BN needs some); a learning rate that is not scaled with N follows; a warm-up as long as the run becomes a tenth.
+    """
     ensure(n >= 2, f"--data {config.data}: only {n} image to train on; give 2 or more")
-    if config.batch_size > n:
-        by_hand = "batch_size" in config.given
-        ensure(not by_hand, f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
-        lower = 2 ** int(math.log2(max(n / 16, min(n, 16))))
-        print(f"note: the {config.recipe} preset's batch of {config.batch_size} is lowered to {lower}, for {n} images")
-        config.batch_size = lower
+    by_hand = config.batch_size > n and "batch_size" in config.given
+    ensure(not by_hand, f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
+    lower, fitted = 2 ** int(math.log2(max(n / 16, min(n, 16)))), {}
+    if n < 8 * config.batch_size > 8 * lower and "batch_size" not in config.given:
+        fitted["batch_size"] = lower
+        if config.lr_of_preset_batch and "lr" not in config.given:
+            fitted["lr"] = config.lr * lower / config.batch_size
     if config.warmup_epochs >= config.epochs and "warmup_epochs" not in config.given:
-        print(f"note: the warm-up of {config.warmup_epochs:g} epochs is lowered to a tenth of --epochs {config.epochs}")
-        config.warmup_epochs = config.epochs / 10
+        fitted["warmup_epochs"] = config.epochs / 10
+    if fitted:
+        changes = ", ".join(f"{dashed(name)} {getattr(config, name):g} becomes {fitted[name]:g}" for name in fitted)
+        print(f"note: for {n:,} images and {config.epochs} epochs, {changes}")
+    for name, value in fitted.items():
+        setattr(config, name, value)
     config.check()
+    steps = n // config.batch_size
+    if steps * config.epochs < 300:
+        enough = f"--epochs {-(-1000 // steps)} makes 1,000"
+        print(f"note: {steps * config.epochs} steps in all are too few to learn much; {enough}")
 
 
 def save_whole(state: Any, path: Path) -> None:
@@ -718,7 +755,7 @@ class Run:
         self.progress.update(loss_sum=0.0, seconds=0.0)
         self.save()
         self.write_log()
-        knn = "" if accuracy is None else f"kNN {accuracy:.3f}"
+        knn = "" if accuracy is None else f"kNN {accuracy:.3f} (guess {self.data.guess:.3f})"
         print("\r\x1b[K" * self.live + self.line(knn, std, rank), flush=True)
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
         if (
@@ -741,7 +778,8 @@ class Run:
             networks = {"g(h)": self.model.embed, "untrained h": untrained, "raw pixels": pixels}
             metrics |= {f"knn {name}": knn_of(network, self.data, self.config) for name, network in networks.items()}
             beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in networks)
-            print(f"kNN top-1 {metrics['knn_top1']:.3f} of h on {len(self.data.test):,} held-out images; {beside}")
+            k, asked = knn_k(self.data.train.labels[knn_bank(self.data)]), len(self.data.test)
+            print(f"kNN top-1 {metrics['knn_top1']:.3f} of h on {asked:,} held-out images (k = {k}); {beside}")
         evaluate += "" if self.data.labelled else " --data LABELLED_IMAGES"
         print(f"{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}{evaluate}")
         return metrics

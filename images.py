@@ -147,6 +147,11 @@ class Data:
         """Whether there are held-out images with labels to evaluate on."""
         return bool(self.classes) and self.test is not None
 
+    @property
+    def guess(self) -> float:
+        """What always guessing the most frequent class of the held-out images gets right."""
+        return self.test.labels.unique(return_counts=True)[1].max().item() / len(self.test)
+
     def describe(self) -> str:
         """Its size, classes by name, what was left out and why, and where the pictures are."""
         held = f", {len(self.test):,} held out" if self.test else ", none held out"

@@ -94,6 +94,7 @@ def fit_linear(x: Tensor, y: Tensor, classes: int, l2: float = 1e-3, steps: int 
         return loss
 
     solver.step(objective)
+    common.warn_of_guess(F.cross_entropy(x @ w.detach() + b.detach(), y).item(), classes)
     return w.detach(), b.detach()
 
 
@@ -110,6 +111,8 @@ def fit_mlp(x: Tensor, y: Tensor, classes: int, width: int, seed: int, epochs: i
             F.cross_entropy(network(x[index]), y[index]).backward()
             optimizer.step()
             decay.step()
+    with torch.no_grad():
+        common.warn_of_guess(F.cross_entropy(network(x), y).item(), classes)
     return network
 
 
@@ -149,8 +152,7 @@ def fit_as_published(
         if not math.isfinite(last):
             raise common.RunFailure(f"the classifier's loss is {last} in {where}; give a lower --lr than {lr:g}")
         print(f"  {where}  loss {last:.4f}", flush=True)
-    if last > math.log(len(data.classes)):
-        print(f"warning: the last loss is worse than a guess's, {math.log(len(data.classes)):.2f}; give a lower --lr")
+    common.warn_of_guess(last, len(data.classes))
     return classifier
 
 
@@ -331,7 +333,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ensure(not headless, "z: this network has no projection head, so z is h; ask for h alone")
     config.data, config.data_dir = args.data or config.data, args.data_dir or config.data_dir
     device = common.pick_device(args.device)
-    data = images.load(config.data, config.image_size, device, config.data_dir, config.resident_gb, config.workers)
+    data = common.load_data(config, device)
     model = model.to(device, memory_format=torch.channels_last)
     print(f"{config.method()}, {'untrained' if args.untrained else 'trained'} {config.backbone}, frozen")
     print(data.describe(), flush=True)
@@ -371,10 +373,10 @@ def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
             result = scores(classifier(test), labels, count)
         result["knn_top1"] = common.knn_accuracy(known, train_labels, asked, labels)
 
-    print(f"  linear top-1  {result['linear_top1']:.4f}")
+    print(f"  a guess       {data.guess:.4f}  (the largest class)\n  linear top-1  {result['linear_top1']:.4f}")
     if count > 5:
         print(f"  linear top-5  {result['linear_top5']:.4f}")
-    print(f"  kNN top-1     {result['knn_top1']:.4f}")
+    print(f"  kNN top-1     {result['knn_top1']:.4f}  (k = {common.knn_k(train_labels)})")
     worst = sorted((a, c) for a, c in zip(result["per_class"], data.classes, strict=True) if not math.isnan(a))[:10]
     print(f"  per class     {', '.join(f'{c} {a:.3f}' for a, c in worst)}" + f" (worst 10 of {count})" * (count > 10))
     if args.confusion:

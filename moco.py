@@ -34,6 +34,7 @@ drawn once a batch, from the images outside it (Wu et al.: for each query, from 
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,7 @@ class Config(RunConfig):
     """MoCo's flags. The defaults are v2's ImageNet recipe; sections are those of the paper of v1 unless marked."""
 
     PRESETS = {"paper": {}, "paper-v1": V1, "cifar": CIFAR, "demo": DEMO}
+    lr_of_preset_batch = True
 
     mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"  # where keys come from (figure 2 c, a, b)
     symmetric: bool = False  # add the loss with the views exchanged (the notebook's option; as if at twice the lr)
@@ -228,13 +230,18 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
     device, data = common.start(config, data)
     n, tau, mechanism = config.batch_size, config.temperature, config.mechanism
-    asked = config.bn_splits
+    asked = config.bn_splits, config.queue_size
     if config.micro_batch_size:  # a piece is a BN group: else ShuffleBN would not know of it
         config.bn_splits = max(config.bn_splits, n // config.micro_batch_size)
     if "bn_splits" not in config.given:  # a preset's groups fit a batch that was lowered
         config.bn_splits = min(config.bn_splits, max(1, n // 8))
-    if config.bn_splits != asked:
-        print(f"note: --bn-splits {asked} becomes {config.bn_splits}, groups of {n // config.bn_splits} images")
+    if (
+        "queue_size" not in config.given
+    ):  # nor does its queue hold a set many times over: an image is no negative of itself
+        config.queue_size = min(config.queue_size, 2 ** int(math.log2(max(n, len(data.train) // 4))))
+    for name, was, now in zip(("bn-splits", "queue-size"), asked, (config.bn_splits, config.queue_size), strict=True):
+        if was != now:
+            print(f"note: for {len(data.train)} images in batches of {n}, --{name} {was} becomes {now}")
     groups, fits = config.bn_splits, n >= 2 * config.bn_splits or config.bn_splits == 1
     common.ensure(fits, f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
     common.ensure(

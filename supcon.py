@@ -69,6 +69,7 @@ class Config(RunConfig):
     """SupCon's flags. The defaults are for ImageNet; "code" is the authors' github.com/HobbitLong/SupContrast."""
 
     PRESETS = {"paper": {}, "cifar": CIFAR, "demo": DEMO}
+    lr_of_preset_batch = True
 
     loss: Literal["out", "in", "cross-entropy"] = "out"  # equation 2, equation 3, or the one-stage baseline
     temperature: float = 0.1  # tau (section 4)
@@ -203,6 +204,8 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
             scaler.update()
             run.log(loss, z, x1, x2)
         run.end_epoch()
+    if baseline:
+        common.warn_of_guess(run.loss, len(data.classes))
     return run.finish("" if config.recipe == "demo" else " --protocol paper")  # the published 100 epochs
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 import common
 import images
+import moco
 import simclr
 from tests.helpers import equal, python, same_run, saved
 
@@ -180,23 +181,40 @@ def test_a_value_given_wins_over_the_stored_one_and_that_over_the_preset(tmp_pat
 # ------------------------------------------------------------------------------------------------ the preset fits
 
 
-@pytest.mark.parametrize("n, batch", [(5000, 4096), (4096, 4096), (4095, 128), (300, 16), (40, 16), (9, 8), (2, 2)])
-def test_a_presets_batch_is_lowered_to_the_data(n, batch, capsys):
+@pytest.mark.parametrize("n, batch", [(40_000, 4096), (32_768, 4096), (5000, 256), (300, 16), (40, 16), (9, 8), (2, 2)])
+def test_a_presets_batch_is_fitted_to_the_data(n, batch, capsys):
     c = simclr.Config.preset("paper")
     common.fit_to(c, n)
     assert c.batch_size == batch
-    note = f"note: the paper preset's batch of 4096 is lowered to {batch}, for {n} images\n"
-    assert capsys.readouterr().out == note * (n < 4096)
+    note = f"note: for {n:,} images and 100 epochs, --batch-size 4096 becomes {batch}\n" * (batch < 4096)
+    assert capsys.readouterr().out.startswith(note or "") and (note or c.given == set())
+    common.fit_to(c, n)  # as a resumed run does
+    assert c.batch_size == batch and "becomes" not in capsys.readouterr().out
+
+
+def test_a_rate_that_is_not_scaled_with_the_batch_follows_it(capsys):
+    c, given, scaled = moco.Config.preset("paper"), moco.Config.preset("paper", lr=0.1), simclr.Config.preset("paper")
+    for each in (c, given, scaled):
+        common.fit_to(each, 1000)
+    assert (c.batch_size, c.lr) == (32, 0.03 / 8) and (given.lr, scaled.lr) == (0.1, 0.3)
+    assert "--batch-size 256 becomes 32, --lr 0.03 becomes 0.00375" in capsys.readouterr().out
+
+
+def test_what_was_given_by_hand_is_not_fitted_and_a_short_run_is_told(capsys):
+    c = simclr.Config.preset("paper", batch_size=512, epochs=100, warmup_epochs=100.0)
+    common.fit_to(c, 600)
+    assert (c.batch_size, c.warmup_epochs) == (512, 100)
+    assert capsys.readouterr().out == "note: 100 steps in all are too few to learn much; --epochs 1000 makes 1,000\n"
 
 
 def test_a_presets_warm_up_is_lowered_and_a_given_one_is_not(tmp_path, capsys):
     c = simclr.Config.preset("cifar", epochs=10)
     common.fit_to(c, 50_000)
-    assert c.warmup_epochs == 1.0 and capsys.readouterr().out.count("is lowered") == 1
+    assert c.warmup_epochs == 1.0 and "--warmup-epochs 10 becomes 1\n" in capsys.readouterr().out
     a_run(tmp_path, epochs=2, warmup_epochs=2.0)
     resumed = common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path)])
     common.fit_to(resumed, 100)
-    assert resumed.warmup_epochs == 2 and not capsys.readouterr().out
+    assert resumed.warmup_epochs == 2 and "becomes" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- network
@@ -409,6 +427,15 @@ def test_knn_against_a_plain_loop():
     assert common.knn_accuracy(bank, bank_labels, queries, labels, k=7) == sum(right) / 60
     assert common.knn_accuracy(bank, bank_labels, bank, bank_labels, k=1) == 1.0
     assert 0 <= common.knn_accuracy(bank, bank_labels, queries, labels, k=200) <= 1  # k is capped
+    assert [common.knn_k(torch.arange(n) % 10) for n in (10_000, 180, 7)] == [200, 18, 1]
+    by_default = common.knn_accuracy(bank, bank_labels, queries, labels)
+    assert by_default == common.knn_accuracy(bank, bank_labels, queries, labels, k=16)
+
+
+def test_a_classifier_no_better_than_a_guess_is_told(capsys):
+    for loss, told in ((2.0, False), (2.4, True), (math.nan, True)):
+        common.warn_of_guess(loss, 10)
+        assert ("is worse than a guess's, 2.30" in capsys.readouterr().out) == told
 
 
 def test_the_bank_is_the_labelled_training_images(monkeypatch):
@@ -517,7 +544,7 @@ def test_a_run_and_its_files(tmp_path, capsys):
     ):
         assert words in out
     beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in ("g(h)", "untrained h", "raw pixels"))
-    assert f"\nkNN top-1 {metrics['knn_top1']:.3f} of h on 10 held-out images; {beside}\n" in out
+    assert f"\nkNN top-1 {metrics['knn_top1']:.3f} of h on 10 held-out images (k = 10); {beside}\n" in out
     assert f"next: python linear_eval.py {tmp_path}\n" in out
     assert not list(tmp_path.glob("*.part")) and not (tmp_path / "checkpoint.previous.pt").exists()
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -617,6 +644,7 @@ def test_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run = a_run(tmp_path)
     run.progress["rows"] = [[1, 1.0, 0.1, 0.1, 3.0, None, 5.0]]
+    capsys.readouterr()
     run.curves()
     assert capsys.readouterr().out == "no curves.png: matplotlib is not installed (pip install matplotlib)\n"
     assert not (tmp_path / "curves.png").exists()

@@ -459,10 +459,15 @@ def test_an_interrupted_run_resumes_bit_for_bit(mechanism, few_shapes, tmp_path,
 
 
 def test_a_lowered_batch_lowers_a_presets_groups(tmp_path, capsys):
-    given = {"image_size": 16, "backbone": "resnet8", "epochs": 1, "queue_size": 64, "out": str(tmp_path)}
+    given = {"image_size": 16, "backbone": "resnet8", "epochs": 1, "out": str(tmp_path)}
     moco.train(moco.Config.preset("paper", **given), data=torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8))
     out = " ".join(capsys.readouterr().out.split())
-    assert "batch of 256 is lowered to 8" in out and "BN statistics over groups of 8 images" in out
+    assert (
+        "--batch-size 256 becomes 8, --lr 0.03 becomes 0.0009375" in out
+        and "--bn-splits 8 becomes 1" in out
+        and "BN statistics over groups of 8 images" in out
+    )
+    assert "--queue-size 65536 becomes 8" in out
 
 
 @pytest.mark.parametrize(
