@@ -492,10 +492,10 @@ def health(z: Tensor) -> tuple[float, float, float]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name. Raises `InputError` where it cannot hold a tensor."""
+    """The device of that name. Raises `InputError` where it cannot hold a number."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device {name}: not to be had here; give cpu or auto") from None
     return device

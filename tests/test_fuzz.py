@@ -1,0 +1,239 @@
+"""What users may type, and what may befall their files: always an exit status and one line, no traceback, no hang.
+
+All is drawn from FUZZ_SEED (0 if the variable is not set), so that a failure can be repeated.
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import byol
+import common
+import images
+import linear_eval
+import moco
+import simclr
+import simsiam
+import supcon
+
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+METHODS = [simclr, moco, byol, simsiam, supcon]
+TINY = ["--preset", "demo", "--epochs", "1", "--batch-size", "16", "--image-size", "16", "--workers", "1"]
+pytestmark = pytest.mark.slow
+
+
+def outcome(run, capsys):
+    """(status, stderr) of a script that is called; anything but an expected end is raised. One line tells a failure."""
+    status = 0
+    try:
+        with common.exit_status():
+            run()
+    except SystemExit as end:
+        status = end.code
+    err = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("warning: ")]
+    assert status in (0, 1, 2) and len(err) == bool(status), (status, err)
+    assert not status or err[0].startswith("error: ") and len(err[0]) < 1500, err
+    return status
+
+
+def value(kind, choices, rng):
+    """Something that a user may write after a flag."""
+    if choices:
+        return rng.choice([*choices, "nonsense"])
+    numbers = ["-1", "0", "1", "2", "3", "16", "64", "0.5", "1e-30", "1e308", "nan", "inf", "", "many", str(2**64)]
+    return rng.choice(numbers[:7] if rng.random() < 0.7 else numbers)
+
+
+STRINGS = {  # what a flag of words may be given
+    "data": ["shapes", "cifar10", "/no/such/folder", "FOLDER", ""],
+    "backbone": ["resnet8", "resnet18", "resnet19", ""],
+    "device": ["cpu", "auto", "cuda:7", "meta", ""],
+}
+TOO_LONG = {"epochs", "compile", "out", "resume", "data_dir", "backbone"}  # epochs: base; a compilation takes a minute
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_flags_at_random(part, few_shapes, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, statuses = random.Random(1000 * SEED + part), []
+    for i in range(40):
+        method = METHODS[i % 5]
+        kinds = common.flags(method.Config)
+        argv = [*TINY, "--out", f"run{i}", "--data-dir", "nowhere"]
+        for name in rng.sample(sorted(kinds.keys() - TOO_LONG), rng.randint(1, 4)):
+            choices, flag = getattr(kinds[name], "__args__", ()), common.dashed(name)
+            if kinds[name] is bool:
+                argv.append(rng.choice([flag, flag.replace("--", "--no-", 1)]))
+            elif kinds[name] is str:
+                word = rng.choice(STRINGS[name])
+                argv += [flag, str(photos) if word == "FOLDER" else word]
+            else:
+                argv += [flag, value(kinds[name], choices, rng)]
+        if rng.random() < 0.1:
+            argv.insert(rng.randrange(len(argv)), rng.choice(["--nonsense", "word", "--", "-x", "--lr"]))
+        print(method.__name__, *argv)
+        statuses.append(outcome(lambda m=method, a=argv: m.train(common.parse_args(m.Config, a)), capsys))
+    assert statuses.count(0) > 4 and statuses.count(2) > 4
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, photos):
+    """A run of two epochs on the photos, stopped after none."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    argv = ["--data", photos, "--preset", "demo", "--epochs", "1", "--batch-size", "64", "--image-size", "16"]
+    simclr.train(common.parse_args(simclr.Config, [str(a) for a in [*argv, "--out", out]]))
+    return out
+
+
+def test_flags_of_linear_eval_at_random(trained, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, statuses = random.Random(1000 * SEED + 10), []
+    pool = {
+        "--features": ["h", "z", "pixels", "x"],
+        "--protocol": ["features", "paper", "x"],
+        "--epochs": ["0", "1", "-1", "x"],
+        "--lr": ["0", "1", "nan", "1e308"],
+        "--label-fraction": ["0", "0.1", "1", "2", "nan"],
+        "--l2": ["0", "1", "-1", "inf"],
+        "--probe": ["class", "rotation", "sobel", "all", "x"],
+        "--data": ["shapes", str(photos), "/no/such/folder", ""],
+        "--device": ["cpu", "cuda:7", "x"],
+        "--seed": ["0", "-1", str(2**64)],
+        "--export": ["x.pth", "/no/such/x.pth", "."],
+        "--confusion": ["x.png", "x.nothing"],
+    }
+    for _ in range(40):
+        argv = [str(trained), "--data", str(photos)]
+        for flag in rng.sample(sorted(pool), rng.randint(0, 3)):
+            argv += [flag, rng.choice(pool[flag])]
+        argv += [f for f in ("--untrained", "--shuffle-labels") if rng.random() < 0.1]
+        if "paper" in argv and "--epochs" not in argv:
+            argv += ["--epochs", "1"]
+        print(*argv)
+        statuses.append(outcome(lambda a=argv: linear_eval.main(a), capsys))
+    assert statuses.count(0) > 4 and statuses.count(2) > 4
+
+
+def corrupted(path, rng):
+    """Damage the file at random."""
+    data = bytearray(path.read_bytes())
+    kind, at = rng.choice(["bits", "zeros", "cut", "grown", "empty"]), rng.randrange(len(data))
+    if kind == "bits":
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif kind == "zeros":
+        data[at : at + 2000] = bytes(min(2000, len(data) - at))
+    elif kind == "grown":
+        data[at:at] = rng.randbytes(50)
+    else:
+        del data[at if kind == "cut" else 0 :]
+    path.write_bytes(data)
+
+
+def odd(path, rng):
+    """Put an odd value into the JSON file at random."""
+    stored = json.loads(path.read_text())
+    for name in rng.sample(sorted(stored), rng.randint(1, 2)):
+        if rng.random() < 0.3:
+            del stored[name]
+        else:
+            stored[name] = rng.choice([None, -1, 0, 10**30, math.nan, "x", "", [], {}, True, stored])
+    path.write_text(json.dumps(rng.choice([stored, stored, stored, [stored], None, "x"])))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_runs_that_were_damaged(part, trained, tmp_path, capsys):
+    """Resumed or evaluated, a damaged run is refused, or gives what a whole one gives."""
+    rng, refused = random.Random(1000 * SEED + 20 + part), 0
+    whole = torch.load(trained / "checkpoint.pt", weights_only=True)["parts"]["model"][1]
+    for i in range(50):
+        shutil.copytree(trained, out := tmp_path / str(i))
+        damage, name = rng.choice([(corrupted, "checkpoint.pt"), (corrupted, "config.json"), (odd, "config.json")])
+        damage(out / name, rng)
+        if name == "checkpoint.pt" and rng.random() < 0.5:
+            found = []
+            status = outcome(lambda o=out, f=found: f.append(common.load_run(o)), capsys)
+            weights = found[0][1].state_dict() if found else whole
+            assert status == 2 or all(torch.equal(weights[key], whole[key]) for key in whole)
+        else:
+            argv = ["--resume", "--out", str(out)]
+            status = outcome(lambda a=argv: simclr.train(common.parse_args(simclr.Config, a)), capsys)
+        refused += status == 2
+        shutil.rmtree(out)
+    assert refused > 25
+
+
+def plant(root, rng):
+    """A folder such as users have: splits, classes, and every kind of file in them."""
+    picture = np.random.default_rng(rng.randrange(1000)).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    exif, count = Image.Exif(), itertools.count()
+    exif[0x0112] = rng.randint(1, 8)
+
+    def fill(folder, n):
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(n):
+            path = folder / f"{next(count)}"
+            kind = rng.choice(
+                ["png"] * 8 + ["jpg", "tif", "gif", "webp", "cut", "text", "hidden", "float", "deep", "pipe"]
+            )
+            if kind in ("png", "jpg", "tif", "webp"):
+                Image.fromarray(picture).save(path.with_suffix(f".{kind}"), exif=exif)
+            elif kind == "gif":
+                Image.fromarray(picture).save(path.with_suffix(".GIF"))
+            elif kind == "cut":
+                Image.fromarray(picture).save(path.with_suffix(".png"))
+                corrupted(path.with_suffix(".png"), rng)
+            elif kind == "float":
+                Image.fromarray(picture[..., 0].astype(np.float32)).save(path.with_suffix(".tiff"))
+            elif kind == "deep" and n > 1:
+                fill(folder / "deeper", 1)
+            elif kind == "pipe":
+                os.mkfifo(path.with_suffix(".png"))
+            else:
+                (folder / rng.choice([".hidden.png", f"{path.name}.txt", f"{path.name}.jpg", "Thumbs.db"])).write_text(
+                    "text"
+                )
+
+    splits = rng.sample(["train", "Training", "test", "val", "Validation", ""], rng.randint(1, 3))
+    for split in splits:
+        for name in rng.sample(["cat", "dog", "Train", "test", ".git", ""], rng.randint(0, 4)):
+            fill(root / split / name, rng.randint(0, 6))
+    for _ in range(rng.randint(0, 3)):
+        folders = [path for path in root.rglob("*") if path.is_dir()] or [root]
+        link = rng.choice(folders) / f"link{rng.randrange(9)}{rng.choice(['', '.png'])}"
+        if not link.is_symlink():
+            link.symlink_to(rng.choice([*folders, root, root.parent / "gone", *root.rglob("*.png")]))
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_folders_at_random(part, tmp_path, capsys):
+    """Each file is read or left out, and each real one at most once."""
+    rng, read = random.Random(1000 * SEED + 30 + part), 0
+    for i in range(50):
+        (root := tmp_path / str(i) / "photos").mkdir(parents=True)
+        plant(root, rng)
+        found = []
+        load = lambda r=root, f=found: f.append(images.load(str(r), 16, torch.device("cpu"), workers=1))  # noqa: E731
+        if outcome(load, capsys) or not found:
+            continue
+        read += 1
+        used = [path for split in (found[0].train, found[0].test) if split for path in split.paths]
+        left_out = {path for path, _ in found[0].skipped}
+        assert len({path.resolve() for path in used}) == len(used) and not left_out & {str(path) for path in used}
+        for folder, _, names in os.walk(root):
+            for path in (Path(folder) / name for name in names):
+                told = {str(path), *map(str, path.parents)} & left_out
+                assert told or path in used, path
+        for split in (found[0].train, found[0].test):
+            for path, label in zip(split.paths if split else (), split.labels if split else (), strict=True):
+                assert label < 0 or found[0].classes[label] in path.relative_to(root).parts[:2]
+    assert read > 20
