@@ -11,7 +11,7 @@ from torchvision.transforms import functional as TF
 
 import common
 import images
-from tests.helpers import kolmogorov_smirnov, largest_difference
+from tests.helpers import kolmogorov_smirnov, largest_difference, python
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def plain(value, h=32, w=32):
 def classed(root, n=40, classes="ab"):
     """n pictures, each of one grey level of its own, its index; the class goes round."""
     for i in range(n):
-        write(root / classes[i % len(classes)] / f"{i:03}.png", plain(i))
+        write(root / classes[i % len(classes)] / f"{i:03}.png", plain(i % 256))
     return root
 
 
@@ -552,3 +552,24 @@ def test_arrays_and_lists_will_do():
     assert (len(data.train), len(data.test), data.train.labels.dtype) == (18, 2, torch.int64)
     with pytest.raises(images.InputError, match="data must be uint8"):
         images.from_tensors(pictures[:0], None, torch.device("cpu"))
+
+
+GROWTH = """
+import resource, sys
+import torch, images
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+few, many = (images.load(name, 224, torch.device("cpu"), workers=2) if name else peak() for name in (sys.argv[1], ""))
+data = images.load(sys.argv[2], 224, torch.device("cpu"), workers=2)
+print((peak() - many) / data.train.images.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_a_resident_set_takes_its_size_in_memory_once(tmp_path):
+    for name, n in (("few", 4), ("many", 1000)):
+        classed(tmp_path / name, n - 2)
+        for i in range(2):
+            (tmp_path / name / "a" / f"damaged{i}.png").write_bytes(b"no picture")
+        write(tmp_path / name / "b" / "large.png", plain(0, 600, 700))  # not all of one size, so all are squares of 256
+    done = python("-c", GROWTH, tmp_path / "few", tmp_path / "many")
+    assert 0.9 < float(done.stdout.split()[-1]) < 1.2, done.stdout + done.stderr
