@@ -230,18 +230,16 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
     device, data = common.start(config, data)
     n, tau, mechanism = config.batch_size, config.temperature, config.mechanism
-    asked = config.bn_splits, config.queue_size
+    asked = {name: getattr(config, name) for name in ("bn_splits", "queue_size")}
     if config.micro_batch_size:  # a piece is a BN group: else ShuffleBN would not know of it
         config.bn_splits = max(config.bn_splits, n // config.micro_batch_size)
     if "bn_splits" not in config.given:  # a preset's groups fit a batch that was lowered
         config.bn_splits = min(config.bn_splits, max(1, n // 8))
-    if (
-        "queue_size" not in config.given
-    ):  # nor does its queue hold a set many times over: an image is no negative of itself
+    if "queue_size" not in config.given:  # and its queue a small set: else most negatives of an image are its own keys
         config.queue_size = min(config.queue_size, 2 ** int(math.log2(max(n, len(data.train) // 4))))
-    for name, was, now in zip(("bn-splits", "queue-size"), asked, (config.bn_splits, config.queue_size), strict=True):
-        if was != now:
-            print(f"note: for {len(data.train)} images in batches of {n}, --{name} {was} becomes {now}")
+    for name, was in asked.items():
+        if was != (now := getattr(config, name)):
+            print(f"note: for {len(data.train):,} images in batches of {n}, {common.dashed(name)} {was} becomes {now}")
     groups, fits = config.bn_splits, n >= 2 * config.bn_splits or config.bn_splits == 1
     common.ensure(fits, f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
     common.ensure(

@@ -86,6 +86,7 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
         ("--image-size 4", "--image-size 4: must be at least 8"),
         ("--loss-backend triton", "--loss-backend triton:"),
         ("--device gpu", "--device gpu: not to be had here; give cpu or auto"),
+        ("--device meta", "--device meta: not to be had here"),
         ("--device meta:x", "--device meta:x: not to be had here"),
         ("--seed -1", "--seed -1: must be a whole number at least 0"),
         ("--resume", "--resume: the run keeps its preset; leave out --preset"),

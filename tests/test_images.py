@@ -378,6 +378,7 @@ def test_every_kind_of_picture_is_decoded(tmp_path):
         "16-bit.tif": (Image.fromarray(grey.astype(np.uint16) * 256 + 255), grey3),
         "32-bit.tif": (Image.fromarray(grey.astype(np.int32) * 257), grey3),
         "large.tif": (Image.fromarray(grey.astype(np.int32) * 70_000), grey3 * (255 / grey.max())),
+        "dark.pgm": (Image.fromarray(grey.astype(np.uint16)), grey3 * 0),
         "palette.gif": (few := Image.fromarray(rgb).quantize(64), np.asarray(few.convert("RGB"))),
         "float.tif": (Image.fromarray(grey.astype(np.float32) / 255), grey3),
         "float-255.tif": (Image.fromarray(grey.astype(np.float32)), grey3),
