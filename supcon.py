@@ -130,7 +130,7 @@ class SupCon(nn.Module):
 
 
 def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, loss: str = "out") -> Tensor:
-    """Equation 2 ("out") or 3 ("in"), the mean over the M anchors. z: (M, d), any norm; labels: (M,), any integers.
+    """Equation 2 ("out") or 3 ("in"), the mean over the M anchors. z: (M, d), any norm; labels: (M,), -1: none.
 
     The naive loss: it builds the M x M matrix. An anchor without positives adds 0, and counts in the mean.
     """
@@ -138,7 +138,7 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, los
         raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
     z = F.normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (labels[:, None] == labels) & ~itself  # (M, M): p in P(i)
+    positive = (labels[:, None] == labels) & (labels != -1) & ~itself  # (M, M): p in P(i)
     count = positive.sum(1)  # |P(i)|
     kept = count > 0
     s, positive, count = (z @ z.T / temperature)[kept], positive[kept], count[kept]
@@ -159,7 +159,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     words = f"--loss cross-entropy: {int(no_label.sum()):,} images have no label; take --loss out, or remove them"
     common.ensure(not (baseline and no_label.any()), words)
     # an image without a label is a class of its own, whose one positive is its other view: SimCLR's case
-    labels = torch.where(no_label, -1 - torch.arange(len(no_label)), data.train.labels).to(device)
+    labels = torch.where(no_label, -2 - torch.arange(len(no_label)), data.train.labels).to(device)
 
     model = SupCon(config).to(device, memory_format=torch.channels_last)
     network = common.network_for(model, config, device)
@@ -205,7 +205,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
             run.log(loss, z, x1, x2)
         run.end_epoch()
     if baseline:
-        common.warn_of_guess(run.loss, len(data.classes))
+        common.warn_of_guess(run.progress["rows"][-1][1], len(data.classes))
     return run.finish("" if config.recipe == "demo" else " --protocol paper")  # the published 100 epochs
 
 

@@ -12,27 +12,31 @@ float32, float16, bfloat16 or (not with Triton on a GPU) float64. The result is 
 and repeats to the bit. The folder works when copied alone: it needs torch, and triton for CUDA tensors.
 """
 
+from numbers import Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logsumexp import LogSumExp, PositiveMean, UnitRows, resolve_backend, row_dtype, several
+from .logsumexp import LogSumExp, PositiveMean, UnitRows, check_shares, kind, resolve_backend, row_dtype, several
 
-SMALLEST = 1e-37  # temperature: twice its reciprocal is still a float32
+SMALLEST, LARGEST = 1e-37, 1e37  # temperature: twice it, or its reciprocal, is still a float32
+Temperature = float | Tensor  # a tensor receives a gradient
 
 __all__ = ["cosine_logsumexp", "info_nce", "nt_xent", "resolve_backend", "sup_con"]
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, backend: str = "auto", group=None) -> Tensor:
+def nt_xent(z1: Tensor, z2: Tensor, temperature: Temperature = 0.5, *, backend: str = "auto", group=None) -> Tensor:
     """Mean over the 2N views of SimCLR's loss (Chen et al. 2020, arXiv:2002.05709, equation 1).
 
     z1, z2: (N, d), the two views; row i of one is the positive of row i of the other. `group`: a process group; the
-    negatives are then the views of all its processes (which pass equal shapes), the value is the mean over this
+    negatives are then the views of all its processes (of unequal shapes, all raise), the value is the mean over this
     process's 2N anchors, and the gradient is that of the sum of all processes' values, so that DDP's average is exact.
     Raises ValueError for shapes, dtypes, devices, a temperature or a backend that do not fit; RuntimeError when
     differentiated twice.
     """
-    _check_rows("z1", z1, "z2", z2, same=True)
+    check_shares(group, z1, z2)
+    _check_rows(same=True, z1=z1, z2=z2)
     both = torch.cat([z1, z2])
     call = _Call(both, len(both), temperature, backend, group)
     z = call.unit(both)
@@ -42,16 +46,14 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, backen
     return (call.logsumexp(z) - positive.repeat(2)).mean()
 
 
-def info_nce(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor = 0.2, *, backend: str = "auto"
-) -> Tensor:
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature = 0.2, *, backend: str = "auto") -> Tensor:
     """Mean over the N queries of MoCo's loss (He et al. 2020, arXiv:1911.05722, equation 1).
 
     q, k: (N, d), row i of k the positive key of row i of q; queue: (K, d), the negatives. Neither k nor queue receives
     a gradient. Raises as `nt_xent` does.
     """
-    _check_rows("q", q, "k", k, same=True)
-    _check_rows("q", q, "queue", queue)
+    _check_rows(same=True, q=q, k=k)
+    _check_rows(q=q, queue=queue)
     call = _Call(q, len(queue), temperature, backend)
     z = call.unit(q)
     positive = (z * call.unit(k.detach())).sum(1) * call.scale
@@ -60,26 +62,19 @@ def info_nce(
 
 
 def sup_con(
-    z: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    loss: str = "out",
-    backend: str = "auto",
-    group=None,
+    z: Tensor, labels: Tensor, temperature: Temperature = 0.1, *, loss: str = "out", backend: str = "auto", group=None
 ) -> Tensor:
     """Mean over the M anchors of the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362).
 
-    z: (M, d); labels: (M,) integers; the positives of an anchor are the other rows with its label. loss="out" is
-    equation 2 (the mean over positives outside the logarithm), "in" equation 3. An anchor without positives adds 0.
-    `group`, and what is raised: as for `nt_xent`.
+    z: (M, d); labels: (M,) integers; the positives of an anchor are the other rows with its label. A label of -1 means
+    none: its row is a negative of the others, without positives. An anchor without positives adds 0. loss="out" is
+    equation 2 (the mean over positives outside the logarithm), "in" equation 3. `group`, errors: as for `nt_xent`.
     """
-    _check_rows("z", z)
-    if labels.shape != z.shape[:1] or labels.is_floating_point() or labels.is_complex() or labels.device != z.device:
-        raise ValueError(
-            f"labels must be integers (M,) on {z.device} for z {tuple(z.shape)}, "
-            f"got {labels.dtype} {tuple(labels.shape)} on {labels.device}"
-        )
+    check_shares(group, z, labels)
+    _check_rows(z=z)
+    fits = isinstance(labels, Tensor) and labels.shape == z.shape[:1] and labels.device == z.device
+    if not fits or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers (M,), one a row of z, got {kind(labels)} for z {kind(z)}")
     if loss not in ("out", "in"):
         raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
     labels = labels.long().contiguous()
@@ -88,11 +83,11 @@ def sup_con(
     lse = call.logsumexp(z)
     positives, count = PositiveMean.apply(z, labels, call.group)
     each = lse - (positives * call.scale if loss == "out" else call.logsumexp(z, labels=labels) - count.log())
-    return torch.where(count > 0, each, 0).mean()
+    return torch.where((count > 0) & (labels != -1), each, 0).mean()
 
 
 def cosine_logsumexp(
-    queries: Tensor, keys: Tensor | None = None, *, temperature: float | Tensor, backend: str = "auto", group=None
+    queries: Tensor, keys: Tensor | None = None, *, temperature: Temperature, backend: str = "auto", group=None
 ) -> Tensor:
     """Log of the sum over the keys j of exp(cos(q_i, k_j) / temperature), (M,).
 
@@ -100,31 +95,27 @@ def cosine_logsumexp(
     then gives -inf). A row shorter than 1e-12 is divided by 1e-12. `group`, and what is raised: as for `nt_xent`.
     A temperature that is a tensor receives a gradient; one on a GPU is not checked, since that would synchronise.
     """
-    _check_rows("queries", queries, "keys", keys)
-    call = _Call(queries, len(queries if keys is None else keys), temperature, backend, group)
+    columns = queries if keys is None else keys
+    check_shares(group, queries, columns)
+    _check_rows(queries=queries, keys=columns)
+    call = _Call(queries, len(columns), temperature, backend, group)
     return call.logsumexp(call.unit(queries), keys)
 
 
 class _Call:
     """What one call of a loss settles once: scale = 1 / temperature, group, backend, dtype of the products."""
 
-    def __init__(self, x, columns, temperature, backend, group=None):
-        if not isinstance(temperature, Tensor):
-            if not SMALLEST <= temperature < float("inf"):
-                raise ValueError(f"temperature must be a number of at least {SMALLEST}, got {temperature}")
-            self.scale = torch.tensor(1 / temperature, dtype=torch.float64)
+    def __init__(self, x, columns, t, backend, group=None):
+        if isinstance(t, Real):
+            value = t
+        elif _floats(t) and t.numel() == 1 and t.device in (torch.device("cpu"), x.device):
+            value = t.item() if t.device.type == "cpu" and not torch.compiler.is_compiling() else 1.0  # or not known
         else:
-            if temperature.device.type != "cpu" and temperature.device != x.device:
-                raise ValueError(f"temperature is on {temperature.device}, the rows {tuple(x.shape)} on {x.device}")
-            if temperature.numel() != 1 or not temperature.is_floating_point():
-                raise ValueError(
-                    f"temperature must be a number or a float tensor of one element, got {temperature.dtype} "
-                    f"{tuple(temperature.shape)} for rows {tuple(x.shape)}"
-                )
-            known = not temperature.is_cuda and not torch.compiler.is_compiling()
-            if known and not SMALLEST <= temperature.item() < float("inf"):
-                raise ValueError(f"temperature must be a number of at least {SMALLEST}, got {temperature.item()}")
-            self.scale = temperature.reshape(()).to(torch.promote_types(torch.float32, temperature.dtype)).reciprocal()
+            raise ValueError(f"temperature must be a number, or one float on {x.device} or cpu, got {kind(t)}")
+        if not SMALLEST <= value <= LARGEST:
+            raise ValueError(f"temperature must be a number of at least {SMALLEST}, at most {LARGEST}, got {value}")
+        t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        self.scale = t.reshape(()).to(torch.promote_types(torch.float32, t.dtype)).reciprocal()
         self.group = group if several(group) else None
         self.backend = resolve_backend(backend, len(x), columns, x.device, x.dtype, self.group)
         self.dtype = row_dtype(x, self.backend)
@@ -132,7 +123,10 @@ class _Call:
     def unit(self, x):
         """Rows of length 1 in float32 or float64, rounded to what the products take."""
         if self.backend == "naive":
-            return F.normalize(x.to(self.dtype), dim=1)
+            x = x.to(self.dtype)
+            largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
+            z = x / largest
+            return z / z.norm(dim=1, keepdim=True).clamp_min(1e-12 / largest)
         return UnitRows.apply(x, self.dtype, self.backend)
 
     def logsumexp(self, z, keys=None, labels=None):
@@ -151,13 +145,15 @@ class _Call:
             return s if labels is None else s.masked_fill(labels[:, None] != labels, -torch.inf)
 
 
-def _check_rows(name, x, other_name="", other=None, same=False):
-    for label, each in ((name, x), (other_name, x if other is None else other)):
-        if each.ndim != 2 or 0 in each.shape or not each.is_floating_point():
-            shapes = tuple(x.shape) if other is None else f"{tuple(x.shape)} and {tuple(other.shape)}"
-            raise ValueError(f"{label} must be a float matrix with at least one row, got {each.dtype}, shape {shapes}")
-    if other is not None and (x.shape[same ^ 1 :] != other.shape[same ^ 1 :] or x.device != other.device):
-        raise ValueError(
-            f"{name} and {other_name} must have one {'shape' if same else 'width'} and device, "
-            f"got {tuple(x.shape)} and {tuple(other.shape)}, {x.device} and {other.device}"
-        )
+def _floats(x):
+    return isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _check_rows(same=False, **given):
+    first, *_ = given.values()
+    for name, x in given.items():
+        if not _floats(x) or x.ndim != 2 or 0 in x.shape:
+            raise ValueError(f"{name} must be a float matrix (a tensor) with at least one row, got {kind(x)}")
+        if x.shape[same ^ 1 :] != first.shape[same ^ 1 :] or x.device != first.device:
+            names, shape = " and ".join(given), "shape" if same else "width"
+            raise ValueError(f"{names} must have one {shape} and device, got {kind(first)} and {kind(x)}")

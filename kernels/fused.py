@@ -23,6 +23,7 @@ import triton.language as tl
 from .blocked import needs_shift
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SUM_TYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -30,8 +31,10 @@ def unit_rows_kernel(X, Z, Inverse, d, stride_m, stride_d, BD: tl.constexpr, ACC
     i = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BD)
     x = tl.load(X + i * stride_m + c * stride_d, mask=c < d, other=0.0).to(ACC)
-    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
-    tl.store(Inverse + i, inverse)
+    largest = tl.maximum(tl.max(tl.abs(x), 0), 1e-12)
+    x = x / largest  # at most 1: the square of 2e19 overflows
+    inverse = 1 / tl.sqrt(tl.sum(x * x, 0))
+    tl.store(Inverse + i, inverse / largest)
     tl.store(Z + i * d + c, (x * inverse).to(Z.dtype.element_ty), mask=c < d)  # (5)
 
 
@@ -190,7 +193,7 @@ def _launch(rows, cols, scale):
     if not scale.is_cuda:  # to the device without a copy, which would synchronise
         scale = torch.full((), scale.item(), dtype=acc, device=device)
     meta = dict(
-        BM=bm, BN=bn, BD=bd, CHUNKS=chunks, ACC=_acc(acc), PRECISION=precision, num_warps=warps, num_stages=stages
+        BM=bm, BN=bn, BD=bd, CHUNKS=chunks, ACC=SUM_TYPE[acc], PRECISION=precision, num_warps=warps, num_stages=stages
     )  # fmt: skip
     return acc, scale.to(acc), (blocks, triton.cdiv(tiles, per_split), chunks), per_split * bn, meta
 
@@ -238,11 +241,9 @@ def backward(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, co
 
 def unit_rows(x, dtype):
     """Return x / |x| (M, d) in `dtype` and 1 / |x| (M,), |x| no smaller than 1e-12."""
-    m, d = x.shape
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    z = torch.empty(m, d, dtype=dtype, device=x.device)
-    inverse = torch.empty(m, dtype=acc, device=x.device)
-    unit_rows_kernel[(m,)](x, z, inverse, d, *x.stride(), triton.next_power_of_2(d), _acc(acc))
+    (m, d), acc = x.shape, torch.promote_types(torch.float32, dtype)
+    z, inverse = torch.empty(m, d, dtype=dtype, device=x.device), torch.empty(m, dtype=acc, device=x.device)
+    unit_rows_kernel[(m,)](x, z, inverse, d, *x.stride(), triton.next_power_of_2(d), SUM_TYPE[acc])
     return z, inverse
 
 
@@ -251,7 +252,3 @@ def unit_rows_backward(dz, z, inverse, dtype):
     dx = torch.empty(dz.shape, dtype=dtype, device=dz.device)
     unit_rows_backward_kernel[(len(dz),)](dz, z, inverse, dx, dz.shape[1], triton.next_power_of_2(dz.shape[1]))
     return dx
-
-
-def _acc(dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32

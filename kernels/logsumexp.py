@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
-    # Its functions have the process group of the moment it is imported as a default, and keep it. The first call of an
-    # operator below imports it (by way of torch._dynamo): a group that exists by then outlives destroy_process_group,
-    # and its threads may abort at exit. So it is imported now, and this module before init_process_group.
+    # It keeps the process group of the moment it is imported: by torch._dynamo, at the first call of an operator below.
+    # That group would outlive destroy_process_group, and may abort at exit: import this before init_process_group.
     import torch.distributed.nn
 
 UNIT = {"triton": math.log(2), "blocked": 1.0}  # the kernels count in powers of two: their m is a logarithm to base 2
@@ -102,14 +101,9 @@ def backward(
     return _run(backend, "backward", rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a)
 
 
-def _accumulator(x):
-    return torch.promote_types(torch.float32, x.dtype)
-
-
 @unit_rows.register_fake
 def _(x, dtype, backend):
-    z = x.new_empty(x.shape, dtype=dtype)
-    return z, x.new_empty(len(x), dtype=_accumulator(z))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), dtype=torch.promote_types(torch.float32, dtype))
 
 
 @unit_rows_backward.register_fake
@@ -119,13 +113,13 @@ def _(dz, z, inverse, dtype, backend):
 
 @forward.register_fake
 def _(rows, cols, scale, offset, row_labels, col_labels, emit, backend):
-    total = rows.new_empty(len(rows), dtype=_accumulator(rows))
+    total = rows.new_empty(len(rows), dtype=torch.promote_types(torch.float32, rows.dtype))
     return total, torch.empty_like(total), total.new_empty((len(rows) if emit else 0, rows.shape[1]))
 
 
 @backward.register_fake
 def _(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a, backend):
-    return rows.new_empty(rows.shape, dtype=_accumulator(rows))
+    return rows.new_empty(rows.shape, dtype=torch.promote_types(torch.float32, rows.dtype))
 
 
 def several(group):
@@ -140,6 +134,26 @@ def gather(x, group):
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts)
+
+
+def kind(x):
+    """The dtype, shape and device of x, in words; the type of what is no tensor."""
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_shares(group, *given):
+    """Raise ValueError on every process unless all pass equal shapes and dtypes: `gather` would abort, or hang.
+
+    By way of the CPU if the group has a backend there, else a GPU waits for it; torch.compile leaves it out.
+    """
+    if several(group) and not torch.compiler.is_compiling():
+        device = getattr(given[0], "device", "cpu")
+        own = " and ".join(map(kind, given)).replace(f" on {device}", "").encode().ljust(128)[:128]
+        device = "cpu" if "cpu" in dist.get_backend_config(group) else device
+        every = gather(torch.tensor([list(own)], dtype=torch.uint8, device=device), group).tolist()
+        every = sorted({bytes(each).decode().strip() for each in every})
+        if len(every) > 1:
+            raise ValueError(f"each process of a group must pass the same shapes and dtypes, got {', '.join(every)}")
 
 
 def first_row(x, group):

@@ -197,6 +197,60 @@ def test_anchors_without_positives_add_nothing(backend, loss):
     assert torch.isfinite(z.grad).all()
 
 
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+@pytest.mark.parametrize("loss", ["out", "in"])
+def test_a_label_of_minus_one_is_none(backend, loss):
+    """Its row is a negative of the others, as if alone in a class; another negative number is a class."""
+    torch.manual_seed(0)
+    z, labels = torch.randn(60, 8), torch.randint(-2, 3, (60,))
+    alone = torch.where(labels == -1, 9 + torch.arange(60), labels)
+    ours = lambda z, t: sup_con(z, labels, t, loss=loss, backend=backend)  # noqa: E731
+    assert_close(ours, lambda z, t: naive_sup_con(z, alone, t, loss), [z, torch.tensor(0.2)], torch.float64, 1e-10)
+    z.requires_grad_()
+    value = sup_con(z, torch.full((60,), -1, dtype=torch.int16), loss=loss, backend=backend)
+    value.backward()
+    assert value == 0 and torch.equal(z.grad, torch.zeros_like(z))
+
+
+def check_rows_of_any_length(name, backend):
+    """Against rows of at most length 1, which have the same cosines, in float64."""
+    torch.manual_seed(0)
+    ours, naive = losses(backend, torch.randint(0, 5, (24,)))[name]
+    for dtype, longest in ((torch.float32, 38.5), (torch.float64, 308)):
+        lengths = torch.logspace(-30, longest, 12, dtype=torch.float64)[:, None]
+        short = lengths.clamp(max=1)
+        z1, z2 = ((F.normalize(torch.randn(12, 20), dim=1).double() * lengths).to(dtype) for _ in range(2))
+        value, *found = gradients(lambda a, b: ours(a, b, 0.2), z1, z2, dtype=dtype)
+        exact, *reference = gradients(lambda a, b: naive(a, b, 0.2), *(z.double() / lengths * short for z in (z1, z2)))
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
+        for a, b in zip(found, reference, strict=True):  # shorter than 1e-12, a row is divided by 1e-12
+            a, b = a.double() * lengths.clamp(min=1e-12), b * short.clamp(min=1e-12)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_any_length(name, backend):
+    check_rows_of_any_length(name, backend)
+
+
+def check_what_is_not_finite(name, backend):
+    torch.manual_seed(0)
+    ours, _ = losses(backend, torch.randint(0, 5, (24,)))[name]
+    for dtype in (torch.float32, torch.float16):
+        for row in ([torch.inf], [-torch.inf], [torch.nan], [torch.inf] * 8, [torch.nan] * 8, [torch.inf, -torch.inf]):
+            z1, z2 = torch.randn(2, 12, 8)
+            z1[3, : len(row)] = torch.tensor(row)
+            value, gradient, _ = gradients(lambda a, b: ours(a, b, 0.2), z1, z2, dtype=dtype)
+            assert not torch.isfinite(value).all() and not torch.isfinite(gradient[3]).all()
+
+
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_gives_nothing_finite(name, backend):
+    check_what_is_not_finite(name, backend)
+
+
 @pytest.mark.parametrize("t", [0.3, torch.tensor(0.3, requires_grad=True)])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name, t):
@@ -323,28 +377,50 @@ def test_differentiating_twice_raises():
 def test_bad_input_is_named():
     z = torch.randn(6, 4)
     cases = [
-        (lambda: nt_xent(z, z[:5]), r"\(6, 4\) and \(5, 4\)"),
+        (lambda: nt_xent(z, z[:5]), r"z1 and z2 .* one shape .*\(6, 4\).*\(5, 4\)"),
         (lambda: nt_xent(z, z[:, :3]), r"\(6, 4\).*\(6, 3\)"),
-        (lambda: nt_xent(z[0], z[0]), r"\(4,\) and \(4,\)"),
-        (lambda: nt_xent(z[:0], z[:0]), r"\(0, 4\) and \(0, 4\)"),
-        (lambda: nt_xent(z.long(), z.long()), "int64"),
+        (lambda: nt_xent(z[0], z[0]), r"z1 .*\(4,\)"),
+        (lambda: nt_xent(z[:0], z[:0]), r"z1 .*\(0, 4\)"),
+        (lambda: nt_xent(z[:, :0], z[:, :0]), r"z1 .*\(6, 0\)"),
+        (lambda: nt_xent(z.long(), z.long()), "z1 .*int64"),
+        (lambda: nt_xent(z, z.to(torch.float8_e4m3fn)), "z2 .*float8"),
+        (lambda: nt_xent(z.numpy(), z.numpy()), "z1 .*ndarray"),
+        (lambda: nt_xent(z, z.tolist()), "z2 .*list"),
         (lambda: nt_xent(z, z.to("meta")), "cpu.*meta"),
         (lambda: nt_xent(z, z, 0.0), "temperature"),
         (lambda: nt_xent(z, z, -1), "temperature"),
         (lambda: nt_xent(z, z, float("nan")), "temperature"),
         (lambda: nt_xent(z, z, torch.tensor(-0.5)), "temperature"),
         (lambda: nt_xent(z, z, torch.ones(2)), r"temperature.*\(2,\)"),
+        (lambda: nt_xent(z, z, torch.tensor(1)), r"temperature.*int64"),
+        (lambda: nt_xent(z, z, [0.1]), "temperature.*list"),
+        (lambda: nt_xent(z, z, z.numpy()), "temperature.*ndarray"),
+        (lambda: nt_xent(z, z, "0.1"), "temperature.*str"),
+        (lambda: nt_xent(z, z, None), "temperature.*None"),
         (lambda: nt_xent(z, z, backend="cuda"), "backend must be"),
         (lambda: info_nce(z, z, torch.randn(7, 3)), r"\(6, 4\).*\(7, 3\)"),
-        (lambda: info_nce(z, z[:5], z), r"\(6, 4\) and \(5, 4\)"),
-        (lambda: sup_con(z, torch.arange(5)), r"\(6, 4\).*\(5,\)"),
+        (lambda: info_nce(z, z[:5], z), r"q and k .*\(6, 4\).*\(5, 4\)"),
+        (lambda: info_nce(z, z, z.numpy()), "queue .*ndarray"),
+        (lambda: info_nce(z, [z], z), "k .*list"),
+        (lambda: info_nce(z, z, z.long()), "queue .*int64"),
+        (lambda: info_nce(z, z, z.to("meta")), "q and queue .*cpu.*meta"),
+        (lambda: sup_con(z.numpy(), torch.arange(6)), "z .*ndarray"),
+        (lambda: sup_con(z, torch.arange(6).numpy()), "labels .*ndarray"),
+        (lambda: sup_con(z, list(range(6))), "labels .*list"),
+        (lambda: sup_con(z, torch.arange(6)[:, None]), r"labels .*\(6, 1\)"),
+        (lambda: sup_con(z, torch.arange(6, device="meta")), "labels .*meta.*cpu"),
+        (lambda: sup_con(z, torch.arange(5)), r"labels .*\(5,\).*\(6, 4\)"),
         (lambda: sup_con(z, torch.rand(6)), "float32"),
         (lambda: sup_con(z, torch.arange(6), loss="both"), "loss must be"),
         (lambda: cosine_logsumexp(z, z[:, :3], temperature=1.0), r"\(6, 4\).*\(6, 3\)"),
+        (lambda: cosine_logsumexp(z.tolist(), temperature=1.0), "queries .*list"),
+        (lambda: cosine_logsumexp(z, z.numpy(), temperature=1.0), "keys .*ndarray"),
+        (lambda: cosine_logsumexp(z, z[0], temperature=1.0), r"keys .*\(4,\)"),
     ]
     for call, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             call()
+        assert "\n" not in str(refused.value)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="on a GPU"):
             nt_xent(z, z, backend="triton")
@@ -442,10 +518,10 @@ def test_a_tiny_upstream_gradient_is_not_lost():
 
 def test_a_temperature_or_labels_that_do_not_fit():
     z = torch.randn(4, 3)
-    for t in (torch.tensor(float("inf")), 1e-38):  # the reciprocal of the second is no float32
+    for t in (torch.tensor(float("inf")), 1e-38, 1e300, 10**400):  # of the others, t or its reciprocal is no float32
         with pytest.raises(ValueError, match="at least 1e-37"):
             cosine_logsumexp(z, temperature=t)
-    with pytest.raises(ValueError, match="temperature is on meta"):
+    with pytest.raises(ValueError, match="temperature .* on meta"):
         cosine_logsumexp(z, temperature=torch.tensor(0.1, device="meta"))
     with pytest.raises(ValueError, match="labels must be integers"):
         sup_con(z, torch.zeros(4, dtype=torch.complex64))

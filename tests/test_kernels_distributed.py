@@ -17,7 +17,7 @@ N, D = 24, 20  # pairs in all, width
 def batch(dtype):
     generator = torch.Generator().manual_seed(0)
     z1, z2 = torch.randn(2, N, D, generator=generator, dtype=torch.float64).to(dtype)
-    return z1, z2, torch.randint(0, 6, (N,), generator=generator)
+    return z1, z2, torch.randint(-1, 6, (N,), generator=generator)  # -1: without a label
 
 
 def cases(group, t, backend):
@@ -97,10 +97,45 @@ def one_process(name, a, b, labels, t, anchors):
     s = (z @ z.T / t).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
     if name == "nt_xent":
         y = torch.arange(len(a)).repeat(2)
-    positive = (y[:, None] == y) & ~torch.eye(len(z), dtype=torch.bool)
+    positive = (y[:, None] == y) & (y != -1) & ~torch.eye(len(z), dtype=torch.bool)
     if name == "sup_con in":
         pull = s.masked_fill(~positive, -torch.inf).logsumexp(1) - positive.sum(1).to(s).log()
     else:
-        pull = s.masked_fill(~positive, 0).sum(1) / positive.sum(1)
-    each = (s.logsumexp(1) - pull).unflatten(0, (2, len(a)))
+        pull = s.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)
+    each = torch.where(positive.any(1), s.logsumexp(1) - pull, 0).unflatten(0, (2, len(a)))
     return each[:, anchors].mean()
+
+
+def run_unequal(rank, processes, port_file, results):
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=processes)
+    torch.set_num_threads(1)
+    group, last, z, y = dist.group.WORLD, rank == processes - 1, torch.randn(6, D), torch.arange(6)
+    fewer = 5 if last else 6
+    unequal = [
+        lambda: nt_xent(z[:fewer], z[:fewer], group=group),
+        lambda: nt_xent(z[: 6 * (not last)], z[: 6 * (not last)], group=group),  # nothing is left for the last
+        lambda: nt_xent(z, z[:fewer], group=group),
+        lambda: nt_xent(z[:, :fewer], z[:, :fewer], group=group),
+        lambda: nt_xent(z.double() if last else z, z, group=group),
+        lambda: nt_xent(z.numpy() if last else z, z, group=group),
+        lambda: sup_con(z[:fewer], y[:fewer], group=group),
+        lambda: sup_con(z, y[:fewer], group=group),
+        lambda: cosine_logsumexp(z[:fewer], temperature=1.0, group=group),
+        lambda: cosine_logsumexp(z, z[:fewer], temperature=1.0, group=group),
+    ]
+    lines = []
+    for call in unequal:
+        with pytest.raises(ValueError, match="each process of a group") as refused:
+            call()
+        lines.append(str(refused.value))
+        nt_xent(z, z, group=group)  # the group is still of use
+    torch.save(lines, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_unequal_shares_are_named_on_every_process(tmp_path):
+    mp.spawn(run_unequal, (3, str(tmp_path / "store"), str(tmp_path)), nprocs=3)
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    assert all(lines == first for lines in others) and not any("\n" in line for line in first)
+    assert "(5, 20)" in first[0] and "(6, 20)" in first[0] and "ndarray" in first[5]

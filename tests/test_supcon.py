@@ -58,7 +58,7 @@ IDS = {
     "mixed": [0, 0, 1, 1, 2, 2, 2, 0],
     "singletons": [5, 0, 5, 1, 7, 5, 2, 9],
     "one class": [3] * 8,
-    "odd ids": [10**12, -1, -1, 10**12, -7, -7, 4, -1],
+    "odd ids": [10**12, -2, -2, 10**12, -7, -7, 4, -2],
     "pair": [1, 1],
 }
 
@@ -80,9 +80,17 @@ def test_sup_con_is_equation_2_and_3(ids, loss, tau):
 def test_with_unique_labels_it_is_nt_xent(loss):
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, 9, 6, dtype=torch.float64)
-    labels = torch.randperm(9).repeat(2) * 13 - 40
+    labels = torch.randperm(9).repeat(2) * 13 - 42
     ours = supcon.sup_con(torch.cat([z1, z2]), labels, 0.2, loss=loss)
     assert torch.allclose(ours, simclr.nt_xent(z1, z2, 0.2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["out", "in"])
+def test_a_row_without_a_label_is_a_negative_without_positives(loss):
+    torch.manual_seed(0)
+    z = torch.randn(6, 5, dtype=torch.float64)
+    ours, alone = (supcon.sup_con(z, torch.tensor([1, 1, *ids, 2, 2]), 0.2, loss=loss) for ids in ([-1, -1], [7, 8]))
+    assert torch.equal(ours, alone)
 
 
 @pytest.mark.parametrize("loss", ["out", "in"])
@@ -301,6 +309,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeyp
     whole, resumed = resumes_bit_for_bit(supcon, given, tmp_path, monkeypatch)
     assert whole["loss"] == resumed["loss"]
     assert ("classifier" in torch.load(tmp_path / "cut" / "checkpoint.pt")["parts"]) == ("loss" in given)
+    again = supcon.train(common.parse_args(supcon.Config, ["--resume", "--out", str(tmp_path / "cut")]))  # all is done
+    assert again["loss"] == whole["loss"]
 
 
 @pytest.mark.parametrize("backend", ["naive", "blocked"])

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from kernels import cosine_logsumexp, nt_xent, sup_con
-from tests.test_kernels import NAMES, assert_close, error, gradients, losses
+from tests.test_kernels import (
+    NAMES,
+    assert_close,
+    check_rows_of_any_length,
+    check_what_is_not_finite,
+    error,
+    gradients,
+    losses,
+    naive_sup_con,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,6 +63,24 @@ def test_labels_need_not_be_contiguous():
     z, pairs = torch.randn(33, 20), torch.randint(4, (33, 2))
     ours = [sup_con(z, labels, 0.2, loss="in", backend="triton") for labels in (pairs[:, 0], pairs[:, 0].contiguous())]
     assert torch.equal(*ours) and torch.allclose(ours[0], sup_con(z, pairs[:, 0], 0.2, loss="in", backend="naive"))
+
+
+@interpreted
+@pytest.mark.parametrize("loss", ["out", "in"])
+def test_a_label_of_minus_one_is_none(loss):
+    torch.manual_seed(0)
+    z, labels = torch.randn(40, 8), torch.randint(-2, 3, (40,))
+    alone = torch.where(labels == -1, 9 + torch.arange(40), labels)
+    ours = lambda z: sup_con(z, labels, 0.2, loss=loss, backend="triton")  # noqa: E731
+    assert_close(ours, lambda z: naive_sup_con(z, alone, 0.2, loss), [z], torch.float64, 1e-10)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about inf - inf
+@pytest.mark.parametrize("check", [check_rows_of_any_length, check_what_is_not_finite])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_any_length(name, check):
+    check(name, "triton")
 
 
 @interpreted
