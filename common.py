@@ -7,8 +7,11 @@ Copy this file and images.py along with a method file.
 import argparse
 import dataclasses
 import difflib
+import errno
 import importlib
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -20,8 +23,9 @@ import textwrap
 import threading
 import time
 import typing
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,23 +44,28 @@ from images import Data, Images, InputError
 # ---------------------------------------------------------------------------------------- errors and exit status
 
 
+OUT_OF_MEMORY = "DefaultCPUAllocator|Storage size calculation overflowed|Cannot allocate memory"  # plain RuntimeErrors
+
+
 class RunFailure(RuntimeError):
     """The run itself failed (a non-finite loss, a full disk): one line, exit status 1."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, as a rule after the checkpoint was saved: one line, and the signal's number."""
+    """Ctrl-C, SIGTERM or SIGHUP, as a rule after the checkpoint was saved: one line, and the signal's number."""
 
 
 @contextmanager
 def exit_status() -> Iterator[None]:
-    """Turn the outcome of a script into its exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    """Turn the outcome of a script into its exit status: 0 done, 1 failed, 2 bad input, 128 + the number of a signal
+    (130 Ctrl-C, 143 SIGTERM), 141 as SIGPIPE's when nobody reads what it prints (`| head`).
 
     Every expected failure prints exactly one line, `error: what is wrong, and what to do`; anything else is a bug
     and keeps its traceback.
     """
     try:
         yield
+        sys.stdout.flush()
         return
     except InputError as error:
         status, line = 2, f"error: {error}"
@@ -66,11 +75,21 @@ def exit_status() -> Iterator[None]:
         status, line = 128 + error.args[1], error.args[0]
     except KeyboardInterrupt:
         status, line = 130, "stopped"
-    except (torch.OutOfMemoryError, MemoryError):
-        status, line = 1, "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size"
-    except OSError as error:
-        status, line = 1, f"error: {error.filename or 'a file'}: {error.strerror or error}; is the disk full?"
-    print(line, file=sys.stderr, flush=True)
+    except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
+            line = "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size"
+        elif isinstance(error, OSError):
+            full = "; is the disk full?" * (error.errno in (errno.ENOSPC, errno.EDQUOT))
+            line = f"error: {error.filename or 'a file'}: {error.strerror or error}{full}"
+        else:
+            raise
+        status = 1
+        try:
+            print(flush=True)
+        except OSError:  # it is stdout: a closed pipe; the interpreter flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+    print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
     sys.exit(status)
 
 
@@ -84,6 +103,8 @@ def ensure(ok: Any, message: str) -> None:
 
 SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
 MAY_BE_0 = r"seed|weight_decay|warmup_epochs|.*_every|save_minutes|micro_batch_size|resident_gb|hidden_dim|.*_strength"
+MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size"  # on --resume, which says so
+NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|.*_every|save_minutes"  # to weights
 
 
 @dataclass(kw_only=True)
@@ -144,15 +165,16 @@ class RunConfig:
             else:
                 share = re.fullmatch(SHARES, name)
                 zero = re.fullmatch(MAY_BE_0, name) or share and name != "crop_min_scale"
-                ok = isinstance(value, (int, kind)) and not isinstance(value, bool)
-                ok = ok and (0 < value <= (1 if share else sys.float_info.max) or zero and value == 0)
+                most = 1 if share else 2**31 - 1 if kind is int else 1e30  # more overflows
+                number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+                ok = number and (0 < value <= most or zero and value == 0)
                 rule = f"must be {'a whole number' if kind is int else 'a number'} {'at least' if zero else 'above'} 0"
-                rule += " and at most 1" * bool(share)
+                rule += f" and at most {most}" * bool(share or number and value > most)
             ensure(ok, f"{dashed(name)} {value}: {rule}")
-        ensure(self.seed < 2**31, f"--seed {self.seed}: must be below 2^31")
         ensure(self.image_size >= 8, f"--image-size {self.image_size}: must be at least 8")
         ensure(self.micro_batch_size != 1, "--micro-batch-size 1: BN has nothing to compare then; give 2 or more")
-        whole = not self.micro_batch_size or self.batch_size % self.micro_batch_size == 0
+        piece = self.micro_batch_size or self.batch_size
+        whole = piece >= self.batch_size or self.batch_size % piece == 0
         ensure(whole, f"--micro-batch-size {self.micro_batch_size}: must divide the batch size {self.batch_size}")
 
     @classmethod
@@ -226,7 +248,8 @@ def resumed(config: type[RunConfig], given: dict[str, Any]) -> Any:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--resume: {path} cannot be read; start again without --resume") from None
     ensure(method == config.method(), f"--resume: {path.parent} holds a run of {method}")
-    result = config(**{k: v for k, v in stored.items() if k in flags(config)} | given)
+    stored = {k: v for k, v in stored.items() if k in flags(config)}
+    result = config(**stored | given | {"out": str(path.parent)})  # the folder may have moved
     result.recipe, result.given = recipe, by_hand | given.keys()
     return result
 
@@ -308,7 +331,7 @@ def in_pieces(network: nn.Module, pieces: int, *views: Tensor, again: bool = Tru
 def network_for(model: nn.Module, config: RunConfig, device: torch.device, pieces: int = 0) -> Callable[..., Any]:
     """What a training step calls: the model, under `--amp`, by `--compile`, and in so many pieces (0: those of
     `--micro-batch-size`)."""
-    pieces = pieces or config.batch_size // (config.micro_batch_size or config.batch_size)
+    pieces = pieces or max(1, config.batch_size // (config.micro_batch_size or config.batch_size))
     if config.compile:
         for part in model.children():
             part.compile()
@@ -450,22 +473,16 @@ def warn_of_guess(loss: float, classes: int) -> None:
 BANK = 100_000  # training images that kNN compares with, at most, drawn by a seed
 
 
-def knn_bank(data: Data) -> Tensor:
-    """Indices of the training images that kNN compares with: those with a label."""
-    bank = (data.train.labels >= 0).nonzero().squeeze(1)
-    return (
-        bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:BANK]] if len(bank) > BANK else bank
-    )
-
-
 def knn_of(network: Callable, data: Data, config: RunConfig) -> float | None:
-    """kNN top-1 on the held-out images, with `knn_bank`; None without labels."""
+    """kNN top-1 on the held-out images, with the labelled training images as the bank; None without labels."""
     if not data.labelled:
         return None
-    bank = knn_bank(data)
-    known, queries = embed(network, data.train, config, bank), embed(network, data.test, config)
-    mean = known.mean(0) if network is pixels else 0
-    return knn_accuracy(known - mean, data.train.labels[bank], queries - mean, data.test.labels)
+    bank = known = (data.train.labels >= 0).nonzero().squeeze(1)
+    if len(bank) > BANK:
+        bank = bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:BANK]]
+    features, queries = embed(network, data.train, config, bank), embed(network, data.test, config)
+    mean, k = features.mean(0) if network is pixels else 0, knn_k(data.train.labels[known])
+    return knn_accuracy(features - mean, data.train.labels[bank], queries - mean, data.test.labels, k)
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -481,6 +498,8 @@ def health(z: Tensor) -> tuple[float, float, float]:
     effective_rank  exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to d
     cos2            the mean squared cosine of two rows: 1/d when healthy, 1 when all lie on one line
     """
+    if not torch.isfinite(z).all():
+        return math.nan, math.nan, math.nan
     z, n = F.normalize(z.double().cpu(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
     share = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
@@ -511,15 +530,14 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     """Pick the device, seed everything, make the run's folder, load the data and fit the preset to its size.
 
     `data`: `Data`, a uint8 tensor (N, 3, H, W), or a pair of one and labels (N,); None loads `config.data`.
-    Raises `InputError` and `DataError` for what cannot be had.
+    Raises `InputError` for what cannot be had.
     """
     device, out = pick_device(config.device), Path(config.out)
-    ensure(
-        int(os.environ.get("WORLD_SIZE", "1")) == 1, "torchrun with several processes is not supported yet; start one"
-    )
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    ensure(alone, "torchrun with several processes is not supported yet; start one")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").touch()  # can it be written?
+        lock(out).close()  # the run takes it again
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
     if data is None:
@@ -535,14 +553,15 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
 def fit_to(config: RunConfig, n: int) -> None:
     """Fit what was not given by hand to `n` training images, and say so in a line.
 
-    A batch that makes fewer than 8 steps an epoch becomes the power of two that makes at least 16, but no lower than 16
-    (BN needs some); a learning rate that is not scaled with N follows; a warm-up as long as the run becomes a tenth.
+    A batch that makes fewer than 4 steps an epoch becomes the power of two that makes at least 16, but no lower than
+    16, or all of less than 32 images (BN needs some); a learning rate that is not scaled with N follows it; a warm-up
+    as long as the run becomes a tenth of it.
     """
     ensure(n >= 2, f"--data {config.data}: only {n} image to train on; give 2 or more")
-    by_hand = config.batch_size > n and "batch_size" in config.given
-    ensure(not by_hand, f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
-    lower, fitted = 2 ** int(math.log2(max(n / 16, min(n, 16)))), {}
-    if n < 8 * config.batch_size > 8 * lower and "batch_size" not in config.given:
+    fits = config.batch_size <= n or "batch_size" not in config.given
+    ensure(fits, f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
+    lower, fitted = n if n < 32 else 2 ** int(math.log2(max(n / 16, 16))), {}
+    if n < 4 * config.batch_size and lower < config.batch_size and "batch_size" not in config.given:
         fitted["batch_size"] = lower
         if config.lr_of_preset_batch and "lr" not in config.given:
             fitted["lr"] = config.lr * lower / config.batch_size
@@ -560,31 +579,59 @@ def fit_to(config: RunConfig, n: int) -> None:
         print(f"note: {steps * config.epochs} steps in all are too few to learn much; {enough}")
 
 
-def save_whole(state: Any, path: Path) -> None:
-    """Write with torch.save (text as it is) so that `path` is always a whole file: aside, flushed, renamed."""
-    part = path.with_name(path.name + ".part")
+def lock(folder: Path) -> Any:
+    """An open file; until it is closed, or this process ends in whatever way, no other one trains in this folder."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115
     try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in worker processes
+    except BlockingIOError:
+        raise InputError(f"--out {folder}: another run is writing there; choose another folder, or wait") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    for part in folder.glob("*.pt.*.part"):  # of a process that was killed while it wrote
+        part.unlink()
+    return file
+
+
+def save_whole(state: Any, path: Path, before: Path | None = None) -> None:
+    """Write with torch.save (text as it is) so that `path` is always a whole file: aside, flushed, renamed. `before`
+    is where the one that it replaces is kept."""
+    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        whole = io.BytesIO()  # into a file, torch.save would hide why it cannot write
+        whole.write(state.encode(errors="surrogateescape")) if isinstance(state, str) else torch.save(state, whole)
         with open(part, "wb") as file:
-            file.write(state.encode()) if isinstance(state, str) else torch.save(state, file)
+            file.write(whole.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            shutil.copyfile(path, before)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
+    except OSError as error:
         kept = f"the one from before is kept in {path}" if path.exists() else "none was written before"
-        why = error.strerror if isinstance(error, OSError) else "the write stopped short: is the disk full?"
-        raise RunFailure(f"cannot write {path} ({why}); {kept}") from None
+        raise RunFailure(f"cannot write {path} ({error.strerror}); {kept}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, method: str | None = None) -> dict[str, Any]:
     """Read a checkpoint, weights only. Raises `InputError` for a missing, a damaged, or another method's one."""
+    before, advice = path.with_name("checkpoint.previous.pt"), "train first, or give the run's folder"
+    if before != path and before.exists():
+        advice = f"{before.name} beside it is the one before: rename it to {path.name} to go on from there"
     try:
+        with zipfile.ZipFile(path) as parts:  # torch.load checks no checksum
+            ensure(parts.testzip() is None, "damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        _ = [state[key] for key in ("method", "config", "parts", "progress", "steps", "rng")]
+        _ = [state[key] for key in ("method", "config", "parts", "progress", "rng")]
     except FileNotFoundError:
-        raise InputError(f"no checkpoint {path}; train first, or give the run's folder") from None
-    except Exception:  # torch.load raises many kinds for a damaged file
-        raise InputError(f"{path} is not a whole checkpoint of this project; delete it and train again") from None
+        raise InputError(f"no checkpoint {path}; {advice}") from None
+    except Exception as error:  # of many kinds for a damaged file
+        if isinstance(error, (PermissionError, MemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        raise InputError(f"{path} is not a whole checkpoint of this project; {advice}") from None
     found = state["method"]
     ensure(method in (None, found), f"{path} is a checkpoint of {found}, not of {method}; choose another --out")
     return state
@@ -605,14 +652,16 @@ def load_run(folder: str | Path) -> tuple[RunConfig, nn.Module]:
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} is not a whole checkpoint of {name}; train again") from None
+    for part, value in weights.items():
+        ensure(torch.isfinite(value).all(), f"{path}: {part} is not finite; train again, with a lower --lr")
     return config, model
 
 
 class Run:
     """What counts and writes: the loop's counters, the progress line, log.csv, checkpoint.pt, backbone.pt, pictures.
 
-    `parts` (model, optimizer, ...) are the objects whose state_dict a resumed run needs; `progress` is all else. Ctrl-C
-    and SIGTERM wait for the end of the step, save, and stop; a second one stops at once.
+    `parts` (model, optimizer, ...) are the objects whose state_dict a resumed run needs; `progress` is all else.
+    Ctrl-C, SIGTERM and SIGHUP wait for the end of the step, save, and stop; a second Ctrl-C stops all but a save.
     """
 
     SETTLED = 200  # steps before a collapse is told: a healthy run may be close to one for its first 100
@@ -620,22 +669,30 @@ class Run:
 
     def __init__(self, config: RunConfig, data: Data, device: torch.device, **parts: Any):
         self.config, self.data, self.device, self.parts, self.model = config, data, device, parts, parts["model"]
-        self.out, self.checkpoint = Path(config.out), Path(config.out) / "checkpoint.pt"
+        self.out, self.lock = Path(config.out), lock(Path(config.out))
+        self.checkpoint, self.before = self.out / "checkpoint.pt", self.out / "checkpoint.previous.pt"
         self.steps = len(data.train) // config.batch_size  # an epoch; the last short batch is left out
         self.total, self.dim = self.steps * config.epochs, self.model.dim
         self.progress = {"step": 0, "loss_sum": 0.0, "seconds": 0.0, "rows": []}  # of the epoch, but for step and rows
         self.losses: list[Tensor] = []  # since the last look at them
-        self.signal, self.warned, self.live = 0, False, sys.stdout.isatty()
-        if config.resume and self.checkpoint.exists():
+        self.signal, self.saving, self.warned, self.live = 0, False, False, sys.stdout.isatty()
+        self.seen = {"data (training images)": len(data.train), "data (classes)": data.classes}
+        there = [path for path in (self.checkpoint, self.before) if path.exists()]
+        if config.resume and there:
             self.load()
         elif config.resume:
             print("no checkpoint was written yet: starting from the beginning")
-        elif self.checkpoint.exists():
-            os.replace(self.checkpoint, self.out / "checkpoint.previous.pt")
-            print(f"note: {self.out} held a run; its checkpoint is kept as checkpoint.previous.pt, the rest goes")
-        saved = {"method": config.method(), "preset": config.recipe, "given": sorted(config.given)}
-        saved |= dataclasses.asdict(config) | {"resume": False}
-        save_whole(json.dumps(saved, indent=1) + "\n", self.out / "config.json")
+        elif there:
+            kept = next(n for n in itertools.count(1) if not [*self.out.glob(f"checkpoint.run{n}.*")])
+            for path in there:
+                os.replace(path, path.with_name(path.name.replace("checkpoint", f"checkpoint.run{kept}")))
+            print(f"note: {self.out} held a run; its checkpoint is kept as checkpoint.run{kept}.pt, the rest goes")
+        if self.step < self.total:
+            saved = {"method": config.method(), "preset": config.recipe, "given": sorted(config.given)}
+            saved |= dataclasses.asdict(config) | {"resume": False}
+            save_whole(json.dumps(saved, indent=1) + "\n", self.out / "config.json")
+        else:
+            print("note: the run is done, and nothing changes; a larger --epochs would go on")
         self.write_log()
 
     @property
@@ -665,24 +722,30 @@ class Run:
         }
         width = min(116, shutil.get_terminal_size((116, 24)).columns)
         for name, text in about.items():
-            print(textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False))
+            print(
+                textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False), flush=True
+            )
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, as `log` counts. While they run, Ctrl-C and SIGTERM wait for the end of a step."""
+        """The epochs that are left, as `log` counts. While they run, a signal to stop waits for the end of a step."""
 
         def request(number: int, _: Any) -> None:
-            if self.signal:
+            if self.signal and number == signal.SIGINT and not self.saving:  # a closed terminal sends SIGHUP twice
                 raise Stopped("stopped at once", number)
             self.signal = number
 
         main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-        usual = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        stops = [n for n in signal.Signals if main and n.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        usual = {
+            n: signal.signal(n, request) for n in stops if signal.getsignal(n) not in (signal.SIG_IGN, None)
+        }  # nohup's
         try:
             while self.step < self.total:
                 yield self.step // self.steps
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
+            self.lock.close()
 
     def batches(self, views: int, scale: tuple[float, float]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The rest of this epoch: for each batch its image indices (N,) and `views` random crops (N, 3, S, S) of them.
@@ -721,7 +784,8 @@ class Run:
             if self.live:
                 left = (self.total - self.step) * self.config.batch_size / self.speed / 60
                 line = self.line(f"{done}/{self.steps}, {left:.1f} min left", *health(self.z[:512])[:2])
-                print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+                with suppress(OSError):  # of a terminal that was closed: SIGHUP's save is to come
+                    print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
         if save:
             self.save()
             self.saved = now
@@ -736,12 +800,10 @@ class Run:
     def stop_if_asked(self) -> None:
         if self.signal:
             self.curves()
-            print(end="\n" * self.live, flush=True)  # after the progress line
             done = f"stopped after step {self.step} of {self.total}"
             raise Stopped(f"{done}; {self.checkpoint} is saved, --resume continues from there", self.signal)
 
     def fail(self, what: str, step: int) -> typing.NoReturn:
-        print(end="\n" * self.live, flush=True)
         last = f"the last good one is kept in {self.checkpoint}" if self.checkpoint.exists() else "none was written yet"
         raise RunFailure(f"{what} at step {step} of {self.total}; --lr is likely too high; checkpoint: {last}")
 
@@ -771,15 +833,16 @@ class Run:
         last figures."""
         self.curves()
         metrics = dict(zip(self.COLUMNS, self.progress["rows"][-1], strict=True))
-        if self.config.knn_every and self.data.labelled:
+        if metrics["knn_top1"] is not None:
             self.model.eval()
             torch.manual_seed(self.config.seed)
             untrained = type(self.model)(self.config).to(self.device).backbone
             networks = {"g(h)": self.model.embed, "untrained h": untrained, "raw pixels": pixels}
             metrics |= {f"knn {name}": knn_of(network, self.data, self.config) for name, network in networks.items()}
             beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in networks)
-            k, asked = knn_k(self.data.train.labels[knn_bank(self.data)]), len(self.data.test)
-            print(f"kNN top-1 {metrics['knn_top1']:.3f} of h on {asked:,} held-out images (k = {k}); {beside}")
+            k, asked = knn_k(self.data.train.labels[self.data.train.labels >= 0]), f"{len(self.data.test):,} held-out"
+            beside += f", {self.data.guess:.3f} of a guess"
+            print(f"kNN top-1 {metrics['knn_top1']:.3f} of h on {asked} images (k = {k}); {beside}")
         evaluate += "" if self.data.labelled else " --data LABELLED_IMAGES"
         print(f"{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}{evaluate}")
         return metrics
@@ -787,27 +850,32 @@ class Run:
     def save(self) -> None:
         """Write checkpoint.pt and backbone.pt; refuses a model with a value that is not finite."""
         for name, value in (state := self.model.state_dict()).items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
+            if not torch.isfinite(value).all():
                 self.fail(f"{name} is not finite", self.step)
+        self.saving = True
         saved = {"method": self.config.method(), "config": dataclasses.asdict(self.config)}
         saved |= {"parts": {name: (type(part).__name__, part.state_dict()) for name, part in self.parts.items()}}
-        saved |= {"progress": self.progress, "steps": self.steps}
+        saved |= {"progress": self.progress, "seen": self.seen}
         saved |= {"rng": torch.get_rng_state()}  # everything random is drawn on the CPU
-        save_whole(saved, self.checkpoint)
+        save_whole(saved, self.checkpoint, self.before)
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         save_whole(backbone, self.out / "backbone.pt")
+        self.saving = False
 
     def load(self) -> None:
+        """Go on from checkpoint.pt. Raises `InputError` where a flag or the data would make another run of it."""
         state = load_checkpoint(self.checkpoint, self.config.method())
-        was, now = (state["config"]["batch_size"], state["steps"]), (self.config.batch_size, self.steps)
-        taken = f"{was[1]} steps of {was[0]} images an epoch, now it would be {now[1]} of {now[0]}"
-        ensure(was == now, f"--resume: {self.checkpoint} took {taken}; give that run's --data and --batch-size")
+        was, now = state["config"] | state.get("seen", {}), dataclasses.asdict(self.config) | self.seen
+        for name in now:
+            if was.get(name) != now[name] and not re.fullmatch(NO_MATTER, name):
+                change = f"--resume: {dashed(name)} was {was.get(name)!s:.200}, now it is {now[name]!s:.200}"
+                ensure(re.fullmatch(MAY_CHANGE, name), f"{change}; give what it was, or choose another --out")
+                print(f"note: {change}")
         for name, part in self.parts.items():
             try:
-                kind, saved = state["parts"][name]
+                _, saved = state["parts"][name]
                 if "param_groups" in saved:  # an optimiser's flags may change
                     saved = saved | {"param_groups": part.state_dict()["param_groups"]}
-                ensure(kind == type(part).__name__, "another class")
                 part.load_state_dict(saved)
             except (RuntimeError, ValueError, KeyError):
                 raise InputError(f"--resume: {self.checkpoint} has another {name}; give that run's flags") from None
@@ -820,9 +888,8 @@ class Run:
 
     def draw_views(self, views: Sequence[Tensor], count: int = 8) -> None:
         """views.png: a column is an image, its views one above the other."""
-        both = torch.cat([v[:count] for v in views]).float().cpu() * images.STD.view(3, 1, 1) + images.MEAN.view(
-            3, 1, 1
-        )
+        both = torch.cat([v[:count] for v in views]).float().cpu()
+        both = both * images.STD.view(3, 1, 1) + images.MEAN.view(3, 1, 1)
         both = F.interpolate(both, scale_factor=max(1, 96 // both.shape[-1]), mode="nearest")
         torchvision.utils.save_image(both, self.out / "views.png", nrow=len(views[0][:count]), pad_value=1)
 

@@ -8,6 +8,7 @@ draw of its own; a method's `augment` goes on with the operations below and ends
 
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -27,10 +28,10 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # as torchvision's weights are fed
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # whatever the suffix says, no other is opened
 SMALLEST_SIDE, MOST_PIXELS = 8, 89_000_000  # less has nothing to crop; more takes gigabytes: Pillow, too, warns of it
-SPLITS = {"train": 0, "training": 0, "test": 1, "testing": 1, "val": 2, "valid": 2, "validation": 2}  # in any case
+SPLIT = re.compile(r"(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images))?\d*", re.I)  # test_set, val2017, ...
 
 
 class InputError(ValueError):
@@ -92,7 +93,7 @@ class Images:
                 crops, bad = zip(*(next(arriving) for _ in batch), strict=True)
                 for line in {line for piece in bad for lines in piece for line in lines.splitlines()} - self.told:
                     self.told.add(line)
-                    print(f"\nwarning: {line}; another of its class stands in", file=sys.stderr)
+                    print(f"\nwarning: {line}; another image stands in", file=sys.stderr)
                 whole = torch.cat([piece.to(self.device, non_blocking=True) for piece in crops])
                 yield [view.float().div_(255) for view in whole.unbind(1)]
         except InputError as error:  # a worker's, with its traceback in the text
@@ -108,28 +109,33 @@ def start_worker(worker: int) -> None:
 
 class Streamed(torch.utils.data.Dataset):
     """Image index -> uint8 (count, 3, size, size), cropped from the full-resolution picture in a worker process, and
-    the damaged files met, a line each. For one of these another image of its label stands in, drawn at random."""
+    the damaged files met, a line each. For one of these another image stands in, of its label if there is one."""
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, size: int, count: int, scale: Any, seed: int):
         self.paths, self.labels, self.size, self.count, self.scale, self.seed = paths, labels, size, count, scale, seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        generator, bad = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63), []
+        generator, bad = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63), {}
         for _ in range(100):
             try:
                 image = torch.from_numpy(decode(self.paths[index])[0]).permute(2, 0, 1)
                 break
             except Exception as error:
-                bad.append(f"skipped {self.paths[index]}: {reason(error)}")
-                alike = (self.labels == self.labels[index]).nonzero().squeeze(1)
-                index = int(alike[torch.randint(len(alike), (), generator=generator)])
+                bad[index] = f"skipped {self.paths[index]}: {reason(error)}"
+                alike = self.labels == self.labels[index]
+                alike[list(bad)] = False
+                if not alike.any():  # the last of its class
+                    alike[:] = True
+                    alike[list(bad)] = False
+                alike = alike.nonzero().squeeze(1).tolist() or [index]
+                index = alike[int(torch.randint(len(alike), (), generator=generator))]
         else:
             raise InputError("a hundred images in a row cannot be decoded; is the folder still there?")
         sizes, crops = torch.tensor([image.shape[1:]]), []
         for _ in range(self.count):
             box = [round(v) for v in crop_boxes(sizes, self.size, self.scale, generator)[0].tolist()]
             crops.append(TF.resized_crop(image, *box, [self.size, self.size], antialias=True))
-        return torch.stack(crops), "\n".join(bad)
+        return torch.stack(crops), "\n".join(bad.values())
 
 
 @dataclass
@@ -156,7 +162,7 @@ class Data:
         """Its size, classes by name, what was left out and why, and where the pictures are."""
         held = f", {len(self.test):,} held out" if self.test else ", none held out"
         bare = int((self.train.labels < 0).sum()) if self.classes else 0
-        names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        names = ", ".join(self.classes[:10]).encode(errors="replace").decode() + ", ..." * (len(self.classes) > 10)
         kinds = f"{len(self.classes)} classes: {names}" if self.classes else "no labels"
         kinds += f", {bare:,} images without a label" if bare else ""
         bad = f"; left out: {', '.join(f'{n:,} {why}' for n, why in reasons(self.skipped))}" if self.skipped else ""
@@ -240,39 +246,42 @@ def load_folder(root: Path, image_size: int, device: Any, resident_gb: float = 4
     if not root.is_dir():
         choices = "give a folder of images or one of shapes, cifar10, cifar100, stl10"
         raise InputError(f"--data {root}: no such folder; {choices}")
+    if out and os.path.realpath(out) == os.path.realpath(root):
+        raise InputError(f"--out {out}: this is the folder of images; choose another")
     files, skipped = inventory(root, out)
     damaged, side, pixels = [], round(image_size * 8 / 7), None  # 256 for views of 224
     sizes = in_threads(picture_size, files, workers, damaged, "checked")
     size_of = {path: size for path, size in zip(files, sizes, strict=True) if size}
-    if size_of and len(size_of) * 3 * side * side <= resident_gb * 1e9:
-        first = next(iter(size_of.values()))
-        same = max(first) <= side and len({*size_of.values()}) == 1
+    train, test = arrange(root, list(size_of), skipped)
+    paths = [*train, *test]
+    if paths and len(paths) * 3 * side * side <= resident_gb * 1e9:
+        first = size_of[paths[0]]
+        same = max(first) <= side and len({size_of[path] for path in paths}) == 1
         fit = first if same else (side, side)  # photos of many shapes: the whole picture, squeezed into a square
-        pixels = torch.empty((len(size_of), 3, *fit), dtype=torch.uint8)
+        pixels = torch.empty((len(paths), 3, *fit), dtype=torch.uint8)
 
-        def read(item: tuple[int, Path]) -> tuple[int, int]:
-            array, size = decode(item[1], fit)
-            pixels[item[0]] = torch.from_numpy(array).permute(2, 0, 1)
+        def read(row: int) -> tuple[int, int]:
+            array, size = decode(paths[row], fit)
+            pixels[row] = torch.from_numpy(array).permute(2, 0, 1)
             return size
 
-        size_of = dict(
-            zip(size_of, in_threads(read, list(enumerate(size_of)), workers, damaged, "decoded"), strict=True)
-        )
+        sizes = in_threads(read, range(len(paths)), workers, damaged, "decoded", paths)
+        size_of = {path: size for path, size in zip(paths, sizes, strict=True) if size}
+        train, test = ({path: name for path, name in part.items() if path in size_of} for part in (train, test))
         pixels = pixels.to(device)
     for path, why in damaged[:20]:
         print(f"warning: skipped {path}: {why}", file=sys.stderr)
     if len(damaged) > 20:
         print(f"warning: skipped {len(damaged) - 20:,} more like these", file=sys.stderr)
 
-    rows = {path: row for row, path in enumerate(size_of)}
-    train, test = arrange(root, [path for path, size in size_of.items() if size], skipped)
     if not train:
         why = ", ".join(f"{n:,} {why}" for n, why in reasons(skipped + damaged)) or "it is empty"
         raise InputError(f"--data {root}: no image to train on: {why}; looked for {', '.join(sorted(SUFFIXES))}")
+    rows = {path: row for row, path in enumerate(paths)}
     index = {name: label for label, name in enumerate(sorted({*train.values()} - {""}))}
     if index and not test:
         held = every_tenth(torch.tensor([index.get(name, -1) for name in train.values()])).tolist()
-        test = {path: train[path] for path, out in zip(train, held, strict=True) if out}
+        test = {path: train[path] for path, mine in zip(train, held, strict=True) if mine}
         train = {path: name for path, name in train.items() if path not in test}
 
     def split(part: dict[Path, str]) -> Images:
@@ -291,61 +300,83 @@ def reasons(skipped: list[tuple[str, str]]) -> list[tuple[int, str]]:
 def inventory(root: Path, out: str = "") -> tuple[list[Path], list[tuple[str, str]]]:
     """The files below `root` that are named like pictures, in a fixed order, and what was left out, with its reason.
 
-    Links are followed, but each real folder and file is visited once. A run's folder, as `out` is, is not part of it.
+    Each real folder and file is visited once, links after all that are none. A run's folder, as `out` is, is no part.
     """
-    files, skipped, own, seen = [], [], os.path.realpath(out) if out else "", {os.path.realpath(root)}
-    unreadable = lambda error: skipped.append((error.filename, f"unreadable: {error.strerror}"))  # noqa: E731
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        real, down = os.path.realpath(folder), []
-        for name in sorted(folders) + sorted(names):
-            path, why = os.path.join(folder, name), ""
-            target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            if name.startswith("."):
-                why = "hidden"
-            elif target in seen:
-                why = "there already, by another name"
-            elif target == own or all(os.path.exists(os.path.join(path, log)) for log in ("config.json", "log.csv")):
-                why = "a run's folder"
-            elif os.path.isdir(path):
-                down.append(name)
-            elif not os.path.isfile(path):
-                why = "no regular file"
-            elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-                why = "not named like a picture"
+    files, skipped, seen, folders, links = [], [], set(), [str(root)], []
+    while folders or links:
+        path = folders.pop() if folders else links.pop(0)
+        real, entries = os.path.realpath(path), []
+        if real in seen:
+            skipped.append((path, "there already, by another name"))
+        elif os.path.isdir(path):
+            logs = (os.path.join(path, name) for name in ("config.json", "log.csv"))
+            if path != str(root) and (out and real == os.path.realpath(out) or all(map(os.path.exists, logs))):
+                skipped.append((path, "a run's folder"))
+                continue
+            try:
+                entries = list(os.scandir(path))
+            except OSError as error:
+                skipped.append((path, f"unreadable: {error.strerror}"))
+        elif not (why := left_out(path)):
+            files.append(Path(path))
+        else:
+            skipped.append((path, why))
+        seen.add(real)
+        for entry in entries:
+            if entry.name.startswith((".", "@", "__MACOSX")):
+                skipped.append((entry.path, "hidden"))
+            elif entry.is_symlink():
+                links.append(entry.path)
+            elif entry.is_dir():
+                folders.append(entry.path)
+            elif why := left_out(entry.path):
+                skipped.append((entry.path, why))
             else:
-                files.append(Path(path))
-            seen.add(target)
-            skipped += [(path, why)] if why else []
-        folders[:] = down
-    return files, skipped
+                files.append(Path(entry.path))
+                seen.add(os.path.join(real, entry.name))
+        links.sort(key=lambda link: (link.count(os.sep), link))  # the shortest way there first
+    return sorted(files), sorted(skipped)
+
+
+def left_out(path: str) -> str:
+    """Why a file is no picture by its name and kind; "" if it may be one."""
+    suffix = os.path.splitext(path)[1].lower()
+    return (
+        "no regular file" if not os.path.isfile(path) else "" if suffix in SUFFIXES else f"of type {suffix or 'none'}"
+    )
 
 
 def arrange(root: Path, files: list[Path], skipped: list[tuple[str, str]]) -> tuple[dict[Path, str], dict[Path, str]]:
     """The training and the held-out pictures, each with the name of its class or "".
 
-    A split is a folder of a name in SPLITS; test wins over val. Without class folders in it, and with no other split
-    beside it, a folder `train` is one class among others. A picture in neither split, or held out of a class that is
-    not trained on, goes to `skipped`.
+    A split is a folder named as SPLIT has it, be it in a folder that holds all. Held out is the first of test and val
+    with a class that is trained on, or else the first. A folder `train` without class folders in it, beside pictures
+    but no other split, is one class among others. What is left over goes to `skipped`.
     """
     parts = {path: path.relative_to(root).parts for path in files}
-    tops = {part[0] for part in parts.values() if len(part) > 1}
-    tops |= {path.name for path in root.iterdir() if path.is_dir() and SPLITS.get(path.name.lower()) == 0}
-    kinds = {SPLITS.get(top.lower()) for top in tops}
-    nested = any(SPLITS.get(part[0].lower()) == 0 and len(part) > 2 for part in parts.values())
-    whole = 0 not in kinds or not (kinds == {0} or kinds & {1, 2} or nested)  # all of it is for training
-    found, held = [{}, {}], min(kinds & {1, 2}, default=1)
+    while len(tops := {part[0] for part in parts.values()}) == 1 and not SPLIT.fullmatch(min(tops)):
+        parts = {path: part[1:] or ("",) for path, part in parts.items()}
+        if ("",) in parts.values():
+            break
+    splits = {"train": {}, "test": {}, "val": {}, "": {}}
     for path, part in parts.items():
-        split = 0 if whole else SPLITS.get(part[0].lower()) if len(part) > 1 else None
-        if split in (0, held):
-            folders = part[:-1] if whole else part[1:-1]
-            found[split > 0][path] = folders[0] if folders else ""
-        else:
-            skipped.append((str(path), "in neither train nor test"))
-    train, test = found
-    if len(classes := {*train.values()} - {""}) < 2:  # one folder says nothing
+        match = SPLIT.fullmatch(part[0]) if len(part) > 1 else None
+        splits[match[1].lower() if match else ""][path] = part[1] if match and len(part) > 2 else ""
+    train, trained = splits["train"], {*splits["train"].values()} - {""}
+    there = train or any(SPLIT.fullmatch(p.name) and p.name.lower().startswith("train") for p in root.iterdir())
+    if there and (splits["test"] or splits["val"] or trained or not splits[""]):
+        known = [name for name in ("test", "val") if trained & {*splits[name].values()}]
+        held = (known or [name for name in ("test", "val") if splits[name]] or ["test"])[0]
+        test = splits.pop(held)
+        rest = [path for name, split in splits.items() if name != "train" for path in split]
+        skipped += [(str(path), "in neither train nor test") for path in rest]
+    else:  # all is for training; names of splits alone are no classes
+        train = {path: part[0] if len(part) > 1 and splits[""] else "" for path, part in parts.items()}
+        trained, test = {*train.values()} - {""}, {}
+    if len(trained) < 2:  # one folder says nothing
         return dict.fromkeys(train, ""), dict.fromkeys(test, "")
-    skipped += [(str(path), "in no class of train") for path, name in test.items() if name not in classes]
-    return train, {path: name for path, name in test.items() if name in classes}
+    skipped += [(str(path), "in no class of train") for path, name in test.items() if name not in trained]
+    return train, {path: name for path, name in test.items() if name in trained}
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
@@ -373,53 +404,68 @@ def decode(path: Path, fit: tuple[int, int] | None = None) -> tuple[np.ndarray, 
         full = image.size
         if fit:
             image.draft("RGB", (2 * fit[1], 2 * fit[0]))
-        reduced, known = image.size != full, image.format in ("PNG", "PPM")
+        reduced = image.size != full
         image.load()  # turns a TIFF, and takes its tag
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
-        ImageOps.exif_transpose(image, in_place=True)
+        try:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception:  # of many kinds: odd metadata leave the picture whole
+            turned = False
         width, height = (full[::-1] if turned else full) if reduced else image.size
         if image.mode[0] in "IF":
-            image = eight_bits(image, known)
+            image = eight_bits(image)
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image, clear = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+            image.paste(clear, mask=clear)
         image = image.convert("RGB")
         if fit and image.size != (fit[1], fit[0]):
             image = image.resize((fit[1], fit[0]), Image.Resampling.BILINEAR)  # with antialiasing
         return np.array(image), (height, width)
 
 
-def eight_bits(image: Image.Image, known: bool) -> Image.Image:
-    """A grey picture of integers or floats in 0..255. If its mode or format (`known`) does not say that it is of 16
-    bits, its range is the smallest of 0..1, 0..255 and 0..65535 that holds its values, or else theirs."""
-    values = np.asarray(image, np.float32)
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of integers or floats in 0..255.
+
+    Of 16 bits, or as many as a TIFF says, are mode I;16 and PNG's and PGM's I. Else the range is that of 0..1, 0..255
+    and 0..65535 which the values fill by a sixteenth and pass by a twentieth at most, or that from 0 to the largest.
+    """
+    values = np.array(image, np.float32)
     low, high = min(0.0, float(values.min())), float(values.max())
     if not math.isfinite(high - low):
         raise ValueError("its values are not all finite")
-    if known or image.mode.startswith("I;16"):
-        high = 65535
-    else:
-        high = next((top for top in (1, 255, 65535) if low == 0 and high <= top), high)
-    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-30)) + 0.5).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        low, high = 0.0, 2.0 ** tags.get(258, (16,))[0] - 1
+    elif tops := [top for top in (1, 255, 65535) if top / 16 < high < 1.05 * top and -low < 0.05 * top]:
+        low, high = 0.0, tops[0]
+    values -= low
+    values *= 255 / max(high - low, 1e-30)
+    values = np.clip(values, 0, 255, out=values) + 0.5
+    return Image.fromarray((256 - values if tags.get(262) == 0 else values).astype(np.uint8))  # 0: white is zero
 
 
 def reason(error: Exception) -> str:
     """An exception in one line; what stands before a colon is its kind."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    text = getattr(error, "strerror", None) or str(error).split("\n")[0] or repr(error)
+    if getattr(error, "strerror", None):
+        return f"unreadable: {error.strerror}"
+    text = str(error).split("\n")[0] or repr(error)
     kind = "too large: " if isinstance(error, Image.DecompressionBombError) else "damaged: "
     return text if text.startswith("too ") else kind + text
 
 
-def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str) -> list:
+def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str, paths: Any = None) -> list:
     """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted in
-    `skipped` by its path."""
+    `skipped` by its path: the item's own, or that in `paths`."""
 
     def one(item: Any) -> Any:
         try:
             return work(item)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            skipped.append((str(item[1] if isinstance(item, tuple) else item), reason(error)))
+            skipped.append((str(paths[item] if paths else item), reason(error)))
 
     out = []
     with warnings.catch_warnings(), ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:

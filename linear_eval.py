@@ -353,7 +353,7 @@ def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
         train_labels = train_labels[torch.randperm(len(train_labels)).to(device)]
 
     train, test = common.embed(network, data.train, config, chosen), common.embed(network, data.test, config)
-    mean = train.mean(0) if features == "pixels" else 0  # taken off, as in the table that ends a run
+    mean = train.mean(0) if features == "pixels" else 0  # taken off, as in the line that ends a run
     known, asked, width = train - mean, test - mean, train.shape[1]
     print(f"features {features} ({width}-d), {len(chosen):,} labels used" + ", SHUFFLED" * args.shuffle_labels)
     if args.protocol == "features":

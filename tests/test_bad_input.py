@@ -1,6 +1,7 @@
 """What users give wrong: one clear line on stderr, the exit status of the contract, no traceback, nothing lost."""
 
 import re
+import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,12 +90,20 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
         ("--device meta", "--device meta: not to be had here"),
         ("--device meta:x", "--device meta:x: not to be had here"),
         ("--seed -1", "--seed -1: must be a whole number at least 0"),
+        ("--seed 18446744073709551616", "--seed 18446744073709551616: must be a whole number at least 0 and at most 2"),
+        ("--lr 1e308", "--lr 1e+308: must be a number above 0 and at most 1e+30"),
+        (f"--epochs 1{30 * '0'}", "0000: must be a whole number above 0 and at most 2147483647"),
         ("--resume", "--resume: the run keeps its preset; leave out --preset"),
     ],
 )
 def test_bad_flags(argv, words, few_shapes, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert words in refused(capsys, *TINY, "--out", tmp_path, *argv.split())
+
+
+def test_a_piece_larger_than_a_batch_that_was_lowered(tmp_path, capsys):
+    flags = ["--data", photos(tmp_path / "photos", 60), "--preset", "paper", "--backbone", "resnet8", "--epochs", "1"]
+    assert outcome(capsys, *flags, "--image-size", 16, "--micro-batch-size", 256, "--out", tmp_path / "run")[0] == 0
 
 
 def test_an_empty_word(tmp_path, capsys):
@@ -108,7 +117,9 @@ def test_cuda_without_a_gpu(tmp_path, capsys):
 
 def test_out_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(capsys, *TINY, "--out", tmp_path / "file" / "run")
+    assert "cannot be written (Not a directory)" in refused(capsys, *TINY, "--out", tmp_path / "file" / "run")
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # the superuser may write anywhere
+    assert "cannot be written (Is a directory)" in refused(capsys, *TINY, "--out", tmp_path / "run")
 
 
 def test_torchrun_is_refused_for_now(tmp_path, capsys, monkeypatch):
@@ -149,13 +160,13 @@ def test_the_script_itself_exits_with_one_line():
 def test_folders_without_a_picture(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     flags = ["--data", tmp_path / "photos", "--out", tmp_path / "run"]
-    assert "no images in it" in refused(capsys, *flags)
+    assert "no image to train on: it is empty" in refused(capsys, *flags)
     (tmp_path / "photos" / "notes.txt").write_text("no picture")
-    assert "no images in it" in refused(capsys, *flags)
+    assert "no image to train on: 1 of type .txt" in refused(capsys, *flags)
     (tmp_path / "photos" / "a.jpg").write_text("no picture")
     status, err = outcome(capsys, *flags)  # a line names the file
     assert status == 2 and err.count("\n") == 2 and f"warning: skipped {tmp_path / 'photos' / 'a.jpg'}" in err
-    assert err.splitlines()[-1].startswith("error: ") and "none of its 1 images can be decoded" in err
+    assert err.splitlines()[-1].startswith("error: ") and "no image to train on: 1 of type .txt, 1 not an image" in err
 
 
 def test_one_picture_is_too_few(tmp_path, capsys):
@@ -218,10 +229,10 @@ def test_resume_with_another_network_or_other_steps(few_shapes, tmp_path, capsys
     assert outcome(capsys, *TINY, "--out", tmp_path)[0] == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
     for flags, words in (
-        ("--projection-dim 32", "has another model"),
-        ("--optimizer lars", "has another optimizer"),
-        ("--batch-size 32", "took 3 steps of 64 images an epoch, now it would be 6 of 32"),
-        ("--batch-size 60", "took 3 steps of 64 images an epoch, now it would be 3 of 60"),
+        ("--projection-dim 32", "--projection-dim was 64, now it is 32"),
+        ("--optimizer lars", "--optimizer was sgd, now it is lars"),
+        ("--batch-size 32", "--batch-size was 64, now it is 32"),
+        ("--seed 1", "--seed was 0, now it is 1"),
     ):
         err = refused(capsys, "--out", tmp_path, "--resume", "--epochs", "2", *flags.split())
         assert err.startswith("error: --resume:") and words in err
@@ -282,6 +293,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(few_shapes, tmp_path, capsys):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("*.part"))
     assert outcome(capsys, "--out", tmp_path, "--resume", "--epochs", "2")[0] == 0
     assert not equal(before, (tmp_path / "checkpoint.pt").read_bytes())
+
+
+def test_a_folder_that_goes_away_is_not_a_full_disk(few_shapes, tmp_path, capsys, monkeypatch):
+    save = common.Run.save
+    monkeypatch.setattr(common.Run, "save", lambda run: shutil.rmtree(run.out) or save(run))
+    status, err = outcome(capsys, *TINY, "--out", tmp_path / "run")
+    assert status == 1 and err.count("\n") == 1 and "disk" not in err
+    assert err.startswith(f"error: cannot write {tmp_path}/run/checkpoint.pt (No such file or directory); none was")
 
 
 def test_a_full_disk_in_a_fresh_run(few_shapes, tmp_path, capsys):

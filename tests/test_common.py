@@ -4,13 +4,19 @@ import csv
 import dataclasses
 import errno
 import importlib
+import io
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import typing
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -23,7 +29,7 @@ import common
 import images
 import moco
 import simclr
-from tests.helpers import equal, python, same_run, saved
+from tests.helpers import ROOT, equal, python, same_run, saved
 
 CPU = torch.device("cpu")
 METHODS = ["simclr", "moco", "byol", "simsiam", "supcon"]
@@ -57,6 +63,9 @@ def no_curves(monkeypatch):
 # --------------------------------------------------------------------------------------------------- exit status
 
 
+OUT_OF_MEMORY = "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size\n"
+
+
 @pytest.mark.parametrize(
     "error, status, line",
     [
@@ -64,13 +73,16 @@ def no_curves(monkeypatch):
         (common.RunFailure("no"), 1, "error: no\n"),
         (common.Stopped("stopped", signal.SIGINT), 130, "stopped\n"),
         (common.Stopped("stopped", signal.SIGTERM), 143, "stopped\n"),
+        (common.Stopped("stopped", signal.SIGHUP), 129, "stopped\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
-        (
-            MemoryError(),
-            1,
-            "error: out of memory; give a smaller --batch-size, or pieces of it by --micro-batch-size\n",
-        ),
+        (MemoryError(), 1, OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA"), 1, OUT_OF_MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, OUT_OF_MEMORY),  # a fork
         (OSError(errno.ENOSPC, "No space", "x.png"), 1, "error: x.png: No space; is the disk full?\n"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), 1, "error: a file: Quota exceeded; is the disk full?\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x.png"), 1, "error: x.png: Permission denied\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.png"), 1, "error: x.png: No such file\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "error: a file: Broken pipe\n"),  # a worker's, not stdout
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else "",
 )
@@ -78,6 +90,26 @@ def test_exit_status(error, status, line, capsys):
     with pytest.raises(SystemExit) as end, common.exit_status():
         raise error
     assert end.value.code == status and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("shape", [(2**50,), (2**31, 2**31)])
+def test_an_allocation_that_fails_on_a_cpu_is_out_of_memory(shape, capsys):
+    with pytest.raises(SystemExit) as end, common.exit_status():
+        torch.empty(shape)
+    assert end.value.code == 1 and capsys.readouterr().err == OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_closed_pipe_ends_quietly_as_by_sigpipe(flush, monkeypatch):
+    """`python simclr.py | head`, noticed by a line that is flushed, or when all is done."""
+    script = f"import common, sys\nwith common.exit_status():\n sys.stdin.read()\n print(1, flush={flush})"
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, cwd=ROOT, text=True) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_bug_keeps_its_traceback():
@@ -178,10 +210,19 @@ def test_a_value_given_wins_over_the_stored_one_and_that_over_the_preset(tmp_pat
     assert not json.loads((tmp_path / "config.json").read_text())["resume"]
 
 
+def test_a_run_that_was_moved_to_the_usual_folder_resumes_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "here")
+    os.renames("here", "runs/simclr")
+    assert common.parse_args(simclr.Config, ["--resume"]).out == "runs/simclr"
+
+
 # ------------------------------------------------------------------------------------------------ the preset fits
 
 
-@pytest.mark.parametrize("n, batch", [(40_000, 4096), (32_768, 4096), (5000, 256), (300, 16), (40, 16), (9, 8), (2, 2)])
+@pytest.mark.parametrize(
+    "n, batch", [(40_000, 4096), (16_384, 4096), (5000, 256), (300, 16), (40, 16), (31, 31), (9, 9), (2, 2)]
+)
 def test_a_presets_batch_is_fitted_to_the_data(n, batch, capsys):
     c = simclr.Config.preset("paper")
     common.fit_to(c, n)
@@ -526,9 +567,10 @@ def test_a_run_and_its_files(tmp_path, capsys):
         assert math.isclose(metrics[key], float(value), rel_tol=1e-5)
 
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state.keys() == {"method", "config", "parts", "progress", "steps", "rng"}
+    assert state.keys() == {"method", "config", "parts", "progress", "seen", "rng"}
     assert state["parts"].keys() == {"model", "optimizer", "scaler"}
-    assert (state["method"], state["steps"], state["progress"]["step"]) == ("simclr", 3, 9)
+    assert (state["method"], state["progress"]["step"]) == ("simclr", 9)
+    assert torch.load(tmp_path / "checkpoint.previous.pt", weights_only=True)["progress"]["step"] == 6
     assert json.loads((tmp_path / "config.json").read_text())["preset"] == "demo"
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     simclr.SimCLR(config()).backbone.load_state_dict(backbone)
@@ -544,14 +586,21 @@ def test_a_run_and_its_files(tmp_path, capsys):
     ):
         assert words in out
     beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in ("g(h)", "untrained h", "raw pixels"))
+    beside += ", 0.100 of a guess"
     assert f"\nkNN top-1 {metrics['knn_top1']:.3f} of h on 10 held-out images (k = 10); {beside}\n" in out
     assert f"next: python linear_eval.py {tmp_path}\n" in out
-    assert not list(tmp_path.glob("*.part")) and not (tmp_path / "checkpoint.previous.pt").exists()
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    train(tmp_path)
-    assert (
-        tmp_path / "checkpoint.previous.pt"
-    ).read_bytes() == before and "its checkpoint is kept" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_every_start_keeps_the_checkpoints_of_the_runs_before(tmp_path, capsys, no_curves):
+    names, kept = ("checkpoint.pt", "checkpoint.previous.pt"), {}
+    for start in (1, 2, 3):
+        train(tmp_path)
+        kept |= {name.replace("checkpoint", f"checkpoint.run{start}"): (tmp_path / name).read_bytes() for name in names}
+        said = f"note: {tmp_path} held a run; its checkpoint is kept as checkpoint.run{start - 1}.pt, the rest goes\n"
+        assert (said in capsys.readouterr().out) == (start > 1)
+    a_run(tmp_path)
+    assert kept == {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt")} and len(kept) == 6
 
 
 def test_without_labels(tmp_path, capsys, no_curves):
@@ -661,23 +710,135 @@ def test_a_run_in_mixed_precision_or_compiled(given, tmp_path, no_curves):
 # -------------------------------------------------------------------------------------- files, whole and read back
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, seen, words",
+    [
+        (OSError(28, "No space left on device"), common.RunFailure, "No space left on device.*is kept"),
+        (RuntimeError("DefaultCPUAllocator: can't"), RuntimeError, "DefaultCPUAllocator"),
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
+    ],
+)
+def test_a_save_that_fails_leaves_the_old_file(error, seen, words, tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     common.save_whole({"a": 1}, path)
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(common.RunFailure, match="No space left on device.*is kept"):
-        common.save_whole({"a": 2}, path)
-    assert torch.load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    for module, name in ((torch, "save"), (os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(error))
+            with pytest.raises(seen, match=words):
+                common.save_whole({"a": 2}, path)
+        assert torch.load(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
     """kill -9 between any two of its steps leaves the one or the other."""
-    path, steps, replace, fsync = tmp_path / "x.txt", [], os.replace, os.fsync
+    path, before, steps, parts, replace, fsync = tmp_path / "x.txt", tmp_path / "y", [], set(), os.replace, os.fsync
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", lambda number: steps.append(path.read_text()) or fsync(number))
-    monkeypatch.setattr(os, "replace", lambda a, b: steps.append(Path(a).read_text()) or replace(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: steps.append(Path(a).read_text()) or parts.add(a) or replace(a, b))
     common.save_whole("new", path)
     assert steps == ["old", "new"] and path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+    copyfile = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: steps.append(path.read_text()) or copyfile(a, b))
+    common.save_whole("newer", path, before)
+    assert steps[2:] == ["new", "new", "newer"] and (path.read_text(), before.read_text()) == ("newer", "new")
+    assert len(parts) == 2  # no two writers have the same name aside
+
+
+def test_what_a_killed_save_left_goes_and_nothing_else(tmp_path):
+    for name in ("checkpoint.pt.1234abcd.part", "film.part"):
+        (tmp_path / name).touch()
+    a_run(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.part")] == ["film.part"]
+
+
+HOLDS = """
+import os, sys
+from pathlib import Path
+import common
+held = common.lock(Path(sys.argv[1]))
+if worker := os.fork():
+    print(worker, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_killed(tmp_path, monkeypatch, no_curves):
+    pytest.importorskip("fcntl")
+    first = [sys.executable, "-c", HOLDS, tmp_path]
+    with subprocess.Popen(first, stdin=PIPE, stdout=PIPE, cwd=ROOT, text=True) as process:
+        worker = int(process.stdout.readline())
+        line = f"^--out {tmp_path}: another run is writing there; choose another folder, or wait$"
+        with monkeypatch.context() as patch, pytest.raises(common.InputError, match=line):
+            patch.setattr(images, "load", None)  # it is not come to that
+            train(tmp_path, data=None)
+        c = config(tmp_path)
+        with pytest.raises(common.InputError, match="another run is writing there"):
+            common.Run(c, images.from_tensors(PICTURES, LABELS, CPU), CPU, model=simclr.SimCLR(c))
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)  # still there, as one may be for seconds
+        train(tmp_path)
+
+
+def test_a_run_lets_go_of_its_folder_when_it_ends(tmp_path, no_curves):
+    fcntl = pytest.importorskip("fcntl")
+    run, held = a_run(tmp_path), []
+    for _ in run.epochs():
+        held.append(run.lock.closed)
+        break
+    train(tmp_path / "again"), train(tmp_path / "again")
+    assert held == [False] and run.lock.closed
+    assert python("-c", "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), 6)", tmp_path / ".lock").returncode == 0
+    assert fcntl.LOCK_EX | fcntl.LOCK_NB == 6
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    a_run(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(tmp_path, no_curves):
+    """torch.load checks no checksum; what is not refused must be the same to the bit."""
+    train(tmp_path)
+    path, before, rng = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt", random.Random(0)
+    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    start = rng.randrange(len(whole) // 4, len(whole) // 2)
+    wrong, refused = [whole[:start] + bytes(2000) + whole[start + 2000 :], whole[:start], b""], 0
+    for _ in range(40):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        wrong.append(bytes(flipped))
+    for content in wrong:
+        path.write_bytes(content)
+        for read in (common.load_checkpoint, lambda path: common.load_run(path.parent)):
+            try:
+                assert equal(read(path), state) or read is not common.load_checkpoint
+            except common.InputError as error:
+                refused += 1
+                advice = "checkpoint.previous.pt beside it is the one before: rename it to checkpoint.pt to go on"
+                assert f"{path} is not a whole checkpoint" in str(error) and advice in str(error)
+    assert refused > 2 * 30
+    for spoil in (lambda: path.write_bytes(wrong[0]), path.unlink):
+        spoil()
+        with pytest.raises(common.InputError, match="rename it to checkpoint.pt"):
+            train(tmp_path, resume=True)
+    os.rename(before, path)
+    assert saved(tmp_path, "progress")["step"] == 3
+    train(tmp_path, resume=True)
+    assert saved(tmp_path, "progress")["step"] == 6
+    before.write_bytes(wrong[0])
+    with pytest.raises(common.InputError, match="checkpoint.previous.pt is not .*; train first"):
+        common.load_checkpoint(before)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), MemoryError(), RuntimeError("DefaultCPUAllocator: not")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(error, tmp_path, monkeypatch):
+    a_run(tmp_path).save()
+    monkeypatch.setattr(torch, "load", lambda *_, **named: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        common.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_load_run(tmp_path, no_curves):
@@ -700,6 +861,10 @@ def test_load_run(tmp_path, no_curves):
             common.load_run(tmp_path)
     with pytest.raises(common.InputError, match="no checkpoint .*train first"):
         common.load_run(tmp_path / "nowhere")
+    state["parts"]["model"][1]["projector.0.weight"][0, 0] = math.nan
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.InputError, match="checkpoint.pt: projector.0.weight is not finite; train again"):
+        common.load_run(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- resume
@@ -708,7 +873,8 @@ def test_load_run(tmp_path, no_curves):
 def interrupted(number, step, monkeypatch, **given):
     """Train, with this signal sent in the middle of a step."""
     with monkeypatch.context() as patch:
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+        usual |= {signal.SIGINT: signal.default_int_handler}
         before = {n: signal.signal(n, handler) for n, handler in usual.items()}
         calls, cross_entropy = [], F.cross_entropy
 
@@ -729,7 +895,7 @@ def interrupted(number, step, monkeypatch, **given):
     return end.value.code
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("step", [2, 5, 6])
 def test_a_signal_saves_at_the_end_of_its_step_and_resume_is_exact(
     number, status, step, tmp_path, capsys, monkeypatch, no_curves
@@ -766,6 +932,52 @@ def test_a_second_signal_stops_at_once(tmp_path):
         signal.signal(signal.SIGINT, usual)
 
 
+def test_only_a_second_ctrl_c_is_impatient_and_nohup_is_respected(tmp_path):
+    """A terminal that is closed sends SIGHUP twice."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_IGN}
+    usual = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    try:
+        run = a_run(tmp_path)
+        for _ in run.epochs():
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert run.signal == signal.SIGHUP and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            break
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_does_not_break_a_save(tmp_path, capsys, monkeypatch, no_curves):
+    save = torch.save
+
+    def pressed(state, file):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(state, file)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", pressed)
+        assert interrupted(signal.SIGINT, 2, monkeypatch, out=tmp_path) == 130
+    done = f"stopped after step 2 of 6; {tmp_path}/checkpoint.pt is saved, --resume continues from there\n"
+    assert capsys.readouterr().err == done and not list(tmp_path.glob("*.part"))
+    assert saved(tmp_path, "progress")["step"] == 2 and (tmp_path / "backbone.pt").exists()
+
+
+def test_a_terminal_that_was_closed_does_not_keep_a_run_from_saving(tmp_path, capsys, monkeypatch, no_curves):
+    class Closed(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+        def flush(self):
+            if "min left" in self.getvalue():  # since the first step
+                raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        assert interrupted(signal.SIGHUP, 2, monkeypatch, out=tmp_path) == 129
+    assert saved(tmp_path, "progress")["step"] == 2
+
+
 KILLED = """
 import multiprocessing, os, runpy, sys, time
 import common
@@ -795,6 +1007,7 @@ runpy.run_path("simclr.py", run_name="__main__")
         pytest.param(signal.SIGKILL, 0, "fork", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 0, "fork", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 0, "fork", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 0, "fork", marks=pytest.mark.slow),
         pytest.param(
             signal.SIGINT, 0, "spawn", marks=pytest.mark.slow
         ),  # of macOS; Python 3.14 has forkserver, as bare
@@ -834,10 +1047,68 @@ def test_resume_before_the_first_checkpoint_starts_anew(tmp_path, capsys, no_cur
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_resume_takes_new_settings_of_the_optimiser(tmp_path):
+def test_resume_takes_new_settings_of_the_optimiser_and_says_so(tmp_path, capsys):
     a_run(tmp_path, weight_decay=0.1).save()
-    run = a_run(tmp_path, weight_decay=0.2, resume=True)
+    run = a_run(tmp_path, weight_decay=0.2, lr=0.3, epochs=9, micro_batch_size=10, data="there", resume=True)
     assert [group["weight_decay"] for group in run.parts["optimizer"].param_groups] == [0.2, 0.0]
+    changes = "data was shapes, now it is there|epochs was 2, now it is 9|micro-batch-size was 0, now it is 10"
+    changes += "|lr was 0.4, now it is 0.3|weight-decay was 0.1, now it is 0.2"
+    said = [line for line in capsys.readouterr().out.splitlines() if "too few to learn" not in line]
+    assert said == [f"note: --resume: --{change}" for change in changes.split("|")]
+
+
+def test_resume_passes_over_what_changes_no_weight(tmp_path, capsys):
+    a_run(tmp_path / "here").save()
+    os.rename(tmp_path / "here", tmp_path / "there")
+    given = {"data_dir": "x", "resident_gb": 1.0, "workers": 2, "knn_every": 3, "save_minutes": 1.0}
+    a_run(tmp_path / "there", **given, loss_backend="naive", resume=True)
+    assert "--resume" not in capsys.readouterr().out
+
+
+def changed(name, value):
+    """Another value that the flag can have."""
+    if choices := typing.get_args(common.flags(simclr.Config)[name]):
+        return next(choice for choice in choices if choice != value)
+    return "resnet18" if name == "backbone" else value / 2 if isinstance(value, float) else 2 * (value or 4)
+
+
+OTHERS = [n for n in common.flags(simclr.Config) if not re.fullmatch(f"{common.NO_MATTER}|{common.MAY_CHANGE}", n)]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resume_refuses_any_other_change(name, tmp_path):
+    c = a_run(tmp_path, blur=0.5).config
+    common.Run(c, images.from_tensors(PICTURES, LABELS, CPU), CPU, model=simclr.SimCLR(c)).save()
+    before, was = (tmp_path / "config.json").read_bytes(), getattr(c, name)
+    now = changed(name, was)
+    line = f"--resume: {common.dashed(name)} was {was}, now it is {now}; give what it was, or choose another --out"
+    with pytest.raises(common.InputError, match=f"^{re.escape(line)}$"):
+        a_run(tmp_path, **{"blur": 0.5, name: now}, resume=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ((PICTURES[:80], LABELS[:80]), "--data (training images) was 100, now it is 70"),
+        (PICTURES[:100], "--data (classes) was ['0', '1', "),
+        ((PICTURES, LABELS % 5), "now it is ['0', '1', '2', '3', '4'];"),
+    ],
+)
+def test_resume_refuses_other_data(data, words, tmp_path, no_curves):
+    train(tmp_path)
+    with pytest.raises(common.InputError, match=re.escape(words)):
+        train(tmp_path, data, epochs=3, resume=True)
+
+
+def test_a_finished_run_keeps_its_config(tmp_path, capsys, no_curves):
+    train(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    train(tmp_path, resume=True, lr=0.01, knn_every=2)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert "note: the run is done, and nothing changes; a larger --epochs would go on" in capsys.readouterr().out
+    train(tmp_path, resume=True, lr=0.01, epochs=3)
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.4, 1.0, 2.5])

@@ -253,7 +253,7 @@ LAYOUTS = {  # files -> (images to train on, held out, classes, what is left out
     ),
     "no picture in a class": (
         TWENTY | {"c/notes.txt": 1, "d/1.png": 0},
-        (18, 2, "ab", {"not named like a picture": 1, "damaged": 1}),
+        (18, 2, "ab", {"of type .txt": 1, "damaged": 1}),
     ),
     "few pictures": ({"a/1.png": 1, "a/2.png": 1, "b/1.png": 1, "c/1.png": 1, "c/2.png": 1}, (3, 2, "abc", {})),
     "trains among classes": (
@@ -262,6 +262,19 @@ LAYOUTS = {  # files -> (images to train on, held out, classes, what is left out
     ),
     "one class": ({f"Train/a/{i}.png": 1 for i in range(3)} | {"test/b/1.png": 1}, (3, 1, [], {})),
     "hidden": (TWENTY | {".thumbs/1.png": 1, "a/._1.png": 1}, (18, 2, "ab", {"hidden": 2})),
+    "a flat test beside val": (
+        {f"train/{p}": 1 for p in TWENTY} | {"val/a/1.png": 1, "test/1.png": 1, "test/2.png": 1},
+        (20, 1, "ab", {"in neither train nor test": 2}),
+    ),
+    "names with more": (
+        {f"set/training_set/{p}": 1 for p in TWENTY} | {"set/test_set/a/1.png": 1, "set/val2017/a/1.png": 1},
+        (20, 1, "ab", {"in neither train nor test": 1}),
+    ),
+    "trains among loose pictures": (
+        {f"{i}.png": 1 for i in range(5)} | {"Train/1.png": 1, "Train/2.png": 1, "bus/1.png": 1, "bus/2.png": 1},
+        (7, 2, ["Train", "bus"], {}),
+    ),
+    "thumbnails": (TWENTY | {"a/@eaDir/1.png": 1, "__MACOSX/a/1.png": 1}, (18, 2, "ab", {"hidden": 2})),
     "a run's pictures": (
         TWENTY
         | {f"runs/old/{name}": 1 for name in ("views.png", "log.csv", "config.json")}
@@ -347,7 +360,7 @@ def nothing(tmp_path, what):
         ("nowhere", "no such folder; give a folder of images or one of shapes, cifar10, cifar100, stl10"),
         ("a file", "no such folder"),
         ("empty", "no image to train on: it is empty; looked for .bmp"),
-        ("text", "no image to train on: 1 not named like a picture"),
+        ("text", "no image to train on: 1 of type .txt"),
         ("damaged", "no image to train on: 1 not an image"),
         ("no train", "no image to train on: "),
     ],
@@ -381,6 +394,8 @@ def test_every_kind_of_picture_is_decoded(tmp_path):
         "dark.pgm": (Image.fromarray(grey.astype(np.uint16)), grey3 * 0),
         "palette.gif": (few := Image.fromarray(rgb).quantize(64), np.asarray(few.convert("RGB"))),
         "float.tif": (Image.fromarray(grey.astype(np.float32) / 255), grey3),
+        "float-passing-1.tif": (Image.fromarray(grey.astype(np.float32) / 255 * 1.03), np.minimum(grey3 * 1.03, 255)),
+        "12-bit.tif": (Image.fromarray(grey.astype(np.int32) * 16), grey3 * (255 / grey.max())),
         "float-255.tif": (Image.fromarray(grey.astype(np.float32)), grey3),
         "negative.tif": (Image.fromarray(grey.astype(np.float32) - grey.max()), grey3 * (255 / grey.max())),
         "cmyk.tif": (ink := Image.fromarray(rgb).convert("CMYK"), np.asarray(ink.convert("RGB"))),
@@ -473,6 +488,38 @@ def test_a_file_that_is_damaged_later_is_told_once_and_replaced_by_any_of_its_cl
     assert capfd.readouterr().err.count(f"warning: skipped {broken}: ") == 1
 
 
+def test_a_damaged_file_that_is_the_last_of_its_class_has_a_stand_in_too(tmp_path):
+    classed(tmp_path, 40)
+    write(tmp_path / "c" / "0.png", plain(0))
+    write(tmp_path / "c" / "1.png", plain(0))
+    data = load(tmp_path, resident_gb=0)
+    alone = int((data.test.labels == 2).nonzero())
+    data.test.paths[alone].write_bytes(b"no picture")
+    (view,) = next(data.test.views([torch.tensor([alone])], 32, workers=1))
+    assert view.shape == (1, 3, 32, 32)
+
+
+def test_odd_metadata_leave_a_picture_whole(tmp_path):
+    rgb = noise(20, 30, 3)
+    Image.fromarray(rgb).save(tmp_path / "x.png", exif=b"Exif\0\0no such thing")
+    assert np.array_equal(images.decode(tmp_path / "x.png")[0], rgb)
+
+
+def test_a_name_that_is_no_utf_8(tmp_path):
+    classed(tmp_path / "photos", 20)
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / "photos" / f"{name}.txt").write_text("")
+    write(tmp_path / "photos" / name / "1.png", plain(3))
+    data = load(tmp_path / "photos")
+    assert len(data.classes) == 3 and data.describe().encode()
+    common.save_whole(data.skipped[0][0], tmp_path / "skipped.txt")
+
+
+def test_the_runs_folder_is_not_the_folder_of_images(tmp_path):
+    with pytest.raises(images.InputError, match="--out .*: this is the folder of images; choose another"):
+        load(classed(tmp_path), out=f"{tmp_path}/.")
+
+
 def test_a_folder_that_vanishes_is_one_line(tmp_path):
     data = load(classed(tmp_path), resident_gb=0)
     for path in data.train.paths:
@@ -544,7 +591,7 @@ def test_real_pictures_load_resident_and_streamed(cifar10_folder, tmp_path):
     assert torch.allclose(a, b, atol=1e-6)
     first = sorted((tmp_path / "train" / resident.classes[0]).iterdir())[0]
     pixels = torch.from_numpy(np.array(Image.open(first).convert("RGB"))).permute(2, 0, 1)
-    assert torch.equal(resident.train.images[0], pixels)
+    assert torch.equal(resident.train.images[resident.train.rows[0]], pixels)
 
 
 def test_arrays_and_lists_will_do():

@@ -463,9 +463,9 @@ def test_a_lowered_batch_lowers_a_presets_groups(tmp_path, capsys):
     moco.train(moco.Config.preset("paper", **given), data=torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8))
     out = " ".join(capsys.readouterr().out.split())
     assert (
-        "--batch-size 256 becomes 8, --lr 0.03 becomes 0.0009375" in out
+        "--batch-size 256 becomes 10, --lr 0.03 becomes 0.00117187" in out
         and "--bn-splits 8 becomes 1" in out
-        and "BN statistics over groups of 8 images" in out
+        and "BN statistics over groups of 10 images" in out
     )
     assert "--queue-size 65536 becomes 8" in out
 
