@@ -499,6 +499,43 @@ def test_a_damaged_file_that_is_the_last_of_its_class_has_a_stand_in_too(tmp_pat
     assert view.shape == (1, 3, 32, 32)
 
 
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "F"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_and_format_that_pillow_can_write_is_decoded(mode, tmp_path):
+    """A bright half beside a dark one, in whatever mode, is one when it is read."""
+    picture = np.zeros((20, 30), np.uint8)
+    picture[:, 15:] = 200
+    grey = Image.fromarray(picture)
+    if mode[0] == "I":
+        deep = picture.astype(np.uint16) * 256
+        made = Image.frombytes(mode, grey.size, deep.astype({"I": "i4", "I;16": "<u2", "I;16B": ">u2"}[mode]).tobytes())
+    elif mode == "PA":
+        made = grey.convert("LA").convert("PA")
+    elif mode == "LAB":
+        made = Image.merge("LAB", [grey, *[Image.new("L", grey.size, 128)] * 2])
+    else:
+        made = grey.convert("RGB").convert(mode) if mode in ("HSV", "YCbCr", "CMYK", "RGBX") else grey.convert(mode)
+    written = 0
+    for suffix in sorted(images.SUFFIXES):
+        path = tmp_path / f"x{suffix}"
+        try:
+            made.save(path)
+        except (OSError, KeyError, ValueError, AttributeError):  # not in this format
+            continue
+        written += 1
+        try:
+            pixels, size = images.decode(path)
+        except ValueError as error:  # a mode that Pillow cannot convert is named
+            assert mode == "LAB" and "conversion" in images.reason(error)
+            continue
+        assert size == (20, 30) and pixels.shape == (20, 30, 3) and pixels.dtype == np.uint8, suffix
+        dark, bright = pixels[:, 2:12].mean(), pixels[:, 18:28].mean()
+        assert dark < 30 and 180 < bright <= 255, (suffix, dark, bright)
+    assert written
+
+
 def test_odd_metadata_leave_a_picture_whole(tmp_path):
     rgb = noise(20, 30, 3)
     Image.fromarray(rgb).save(tmp_path / "x.png", exif=b"Exif\0\0no such thing")
