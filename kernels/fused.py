@@ -33,7 +33,7 @@ def unit_rows_kernel(X, Z, Inverse, d, stride_m, stride_d, BD: tl.constexpr, ACC
     x = tl.load(X + i * stride_m + c * stride_d, mask=c < d, other=0.0).to(ACC)
     largest = tl.maximum(tl.max(tl.abs(x), 0), 1e-12)
     x = x / largest  # at most 1: the square of 2e19 overflows
-    inverse = 1 / tl.sqrt(tl.sum(x * x, 0))
+    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1.0)
     tl.store(Inverse + i, inverse / largest)
     tl.store(Z + i * d + c, (x * inverse).to(Z.dtype.element_ty), mask=c < d)  # (5)
 
