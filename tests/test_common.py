@@ -981,8 +981,9 @@ def test_a_terminal_that_was_closed_does_not_keep_a_run_from_saving(tmp_path, ca
 KILLED = """
 import multiprocessing, os, runpy, sys, time
 import common
-from signal import SIGINT, default_int_handler, signal as handle
+from signal import SIG_DFL, SIGHUP, SIGINT, default_int_handler, signal as handle
 handle(SIGINT, default_int_handler)  # which the background job of a shell does not have
+handle(SIGHUP, SIG_DFL)  # nor one of nohup this
 
 number, step, start = sys.argv[1:4]
 sys.argv[:4] = ["simclr.py"]

@@ -146,7 +146,7 @@ def odd(path, rng):
         if rng.random() < 0.3:
             del stored[name]
         else:
-            stored[name] = rng.choice([None, -1, 0, 10**30, math.nan, "x", "", [], {}, True, stored])
+            stored[name] = rng.choice([None, -1, 0, 10**30, math.nan, "x", "", [], {}, True, dict(stored)])
     path.write_text(json.dumps(rng.choice([stored, stored, stored, [stored], None, "x"])))
 
 

@@ -595,7 +595,7 @@ def test_resident_and_streamed_crops_are_of_one_distribution(tmp_path):
     write(tmp_path / "one.png", ramp(90, 160))
     (tmp_path / "links").mkdir()
     for i in range(n):
-        (tmp_path / "links" / f"{i}.png").symlink_to(tmp_path / "one.png")
+        os.link(tmp_path / "one.png", tmp_path / "links" / f"{i}.png")
     torch.manual_seed(0)
     found = []
     for gb in (4, 0):
@@ -640,9 +640,9 @@ def test_arrays_and_lists_will_do():
 
 
 GROWTH = """
-import resource, sys
+import re, sys
 import torch, images
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: 1024 * int(re.search(r"VmHWM: *\\t? *(\\d+)", open("/proc/self/status").read())[1])
 few, many = (images.load(name, 224, torch.device("cpu"), workers=2) if name else peak() for name in (sys.argv[1], ""))
 data = images.load(sys.argv[2], 224, torch.device("cpu"), workers=2)
 print((peak() - many) / data.train.images.nbytes)
@@ -650,6 +650,7 @@ print((peak() - many) / data.train.images.nbytes)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of the memory is read off /proc")
 def test_a_resident_set_takes_its_size_in_memory_once(tmp_path):
     for name, n in (("few", 4), ("many", 1000)):
         classed(tmp_path / name, n - 2)
