@@ -290,7 +290,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("lr", args.lr is None or 0 < args.lr < math.inf, "above 0"),
         ("l2", 0 <= args.l2 < math.inf, "at least 0"),
         ("epochs", args.epochs is None or args.epochs >= 1, "at least 1"),
-        ("seed", args.seed >= 0, "at least 0"),
+        ("seed", 0 <= args.seed < 2**31, "at least 0 and below 2^31"),
     ):
         ensure(ok, f"{dashed(name)} {getattr(args, name)}: must be {words}")
 

@@ -100,7 +100,7 @@ def backward(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, co
 def unit_rows(x, dtype):
     """Return z = x / |x| (M, d) in `dtype` and 1 / |x| (M,), |x| no smaller than 1e-12."""
     x = x.to(dtype).contiguous()
-    largest = x.abs().amax(1).clamp_min_(1e-12)
+    largest = torch.maximum(x.amax(1), -x.amin(1)).clamp_min_(1e-12)  # no copy of |x|
     z = x / largest[:, None]  # at most 1: the square of 2e19 overflows
     inverse = torch.linalg.vector_norm(z, dim=1).clamp_min_(1).reciprocal_()
     return z.mul_(inverse[:, None]), inverse / largest

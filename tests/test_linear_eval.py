@@ -480,6 +480,7 @@ def test_transfer_to_other_data_and_the_confusion_matrix(evaluate, tmp_path, cap
         ("--confusion .", "a folder; give the name of a file"),
         ("--confusion x.jpeg9", "must end in .png"),
         ("--export .", "a folder; give the name of a file"),
+        ("--seed 18446744073709551616", "must be at least 0 and below 2^31"),
         ("--seed -1", "--seed -1: must be at least 0"),
         ("--device nonsense", "--device nonsense: not to be had here"),
         ("--labelfraction 0.1", "unknown --labelfraction 0.1; did you mean --label-fraction?"),
