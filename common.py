@@ -43,7 +43,6 @@ from images import Data, Images, InputError
 
 # ---------------------------------------------------------------------------------------- errors and exit status
 
-
 OUT_OF_MEMORY = "DefaultCPUAllocator|Storage size calculation overflowed|Cannot allocate memory"  # plain RuntimeErrors
 
 
@@ -465,8 +464,8 @@ def knn_accuracy(
 
 
 def warn_of_guess(loss: float, classes: int) -> None:
-    """Say so when the last loss of a classifier is no better than that of equal shares."""
-    if not loss <= math.log(classes):
+    """Say so when the last loss of a classifier is worse than that of equal shares."""
+    if not loss <= math.log(classes) + 1e-4:  # of rounding
         print(f"warning: the classifier's last loss, {loss:.2f}, is worse than a guess's, {math.log(classes):.2f}")
 
 
@@ -706,7 +705,7 @@ class Run:
         heads = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6 - backbone
         cuda = self.device.type == "cuda"
         on = torch.cuda.get_device_name(self.device) if cuda else f"{self.device}, {torch.get_num_threads()} threads"
-        pieces = f" in pieces of {c.micro_batch_size}" * bool(c.micro_batch_size)
+        pieces = f" in pieces of {c.micro_batch_size}" * (0 < c.micro_batch_size < c.batch_size)
         words = [f"--preset {c.recipe}"]
         for name in (name for name in flags(type(c)) if name in c.given):
             value = getattr(c, name)
@@ -722,9 +721,8 @@ class Run:
         }
         width = min(116, shutil.get_terminal_size((116, 24)).columns)
         for name, text in about.items():
-            print(
-                textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False), flush=True
-            )
+            text = textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False)
+            print(text, flush=True)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, as `log` counts. While they run, a signal to stop waits for the end of a step."""
@@ -736,9 +734,8 @@ class Run:
 
         main = threading.current_thread() is threading.main_thread()  # no other may set handlers
         stops = [n for n in signal.Signals if main and n.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        usual = {
-            n: signal.signal(n, request) for n in stops if signal.getsignal(n) not in (signal.SIG_IGN, None)
-        }  # nohup's
+        stops = [n for n in stops if signal.getsignal(n) not in (signal.SIG_IGN, None)]  # not what nohup ignores
+        usual = {n: signal.signal(n, request) for n in stops}
         try:
             while self.step < self.total:
                 yield self.step // self.steps
@@ -820,9 +817,8 @@ class Run:
         knn = "" if accuracy is None else f"kNN {accuracy:.3f} (guess {self.data.guess:.3f})"
         print("\r\x1b[K" * self.live + self.line(knn, std, rank), flush=True)
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
-        if (
-            settled and not self.warned and cos2 > 0.98
-        ):  # runs that learn were seen up to 0.94, collapsed ones above 0.999
+        # runs that learn were seen up to 0.94, collapsed ones above 0.999
+        if settled and not self.warned and cos2 > 0.98:
             self.warned = True
             line = f"cos2, the mean squared cosine of two images, is {cos2:.3f}; {1 / self.dim:.3f} when spread out"
             print(f"warning: the output has collapsed to a point or a line: {line}", flush=True)

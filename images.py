@@ -46,7 +46,8 @@ class Images:
 
     Resident: `images` is a uint8 tensor (M, 3, H, W) on the device, which splits may share, and `rows` (N,) are theirs.
     Streamed: `images` is None and worker processes decode `paths`. `sizes` (N, 2) holds each original height and width:
-    crops are drawn in the coordinates of the original picture, also where the resident copy was resized.
+    crops are drawn in the coordinates of the original picture, also where the resident copy was resized; a streamed
+    one is measured anew by its worker.
     """
 
     def __init__(
