@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 import images
-from images import Data, Images, InputError
+from images import Data, Images, InputError, ensure
 
 # ---------------------------------------------------------------------------------------- errors and exit status
 
@@ -92,16 +92,10 @@ def exit_status() -> Iterator[None]:
     sys.exit(status)
 
 
-def ensure(ok: Any, message: str) -> None:
-    """Raise `InputError` unless `ok`."""
-    if not ok:
-        raise InputError(message)
-
-
 # --------------------------------------------------------------------------------------------------------- flags
 
 SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
-MAY_BE_0 = r"seed|weight_decay|warmup_epochs|.*_every|save_minutes|micro_batch_size|resident_gb|hidden_dim|.*_strength"
+MAY_BE_0 = r"seed|weight_decay|.*_(epochs?|every|minutes|iterations|strength|gb)|(micro_batch|queue)_size|hidden_dim"
 MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size"  # on --resume, which says so
 NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|.*_every|save_minutes"  # to weights
 
@@ -163,7 +157,7 @@ class RunConfig:
                 ok, rule = isinstance(value, kind), f"must be {kind.__name__}"
             else:
                 share = re.fullmatch(SHARES, name)
-                zero = re.fullmatch(MAY_BE_0, name) or share and name != "crop_min_scale"
+                zero = re.fullmatch(MAY_BE_0, name) or share and not name.endswith("crop_min_scale")
                 most = 1 if share else 2**31 - 1 if kind is int else 1e30  # more overflows
                 number = isinstance(value, (int, kind)) and not isinstance(value, bool)
                 ok = number and (0 < value <= most or zero and value == 0)
@@ -362,11 +356,12 @@ def loss_backend(kernels: Any, config: RunConfig, rows: int, columns: int, devic
 # -------------------------------------------------------------------------------------------------- optimisation
 
 
-def cosine_lr(step: int, total: int, warmup: float, peak: float) -> float:
-    """Learning rate of step 0 <= step < total: linear to `peak` over `warmup` steps, then half a cosine to 0."""
+def cosine_lr(step: int, total: int, warmup: float, peak: float, first: float = 0.0, last: float = 0.0) -> float:
+    """Learning rate of step 0 <= step < total: over `warmup` steps a line from `first` to `peak`, then half a cosine to
+    `last`."""
     if step < warmup:
-        return peak * min(1.0, (step + 1) / warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return first + (peak - first) * min(1.0, (step + 1) / warmup)
+    return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -431,7 +426,7 @@ def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | N
     was = isinstance(network, nn.Module) and network.training
     if was:
         network.eval()
-    views = split.views(batches, config.image_size, workers=config.workers)
+    views = split.views(batches, [(config.image_size, None)], workers=config.workers)
     out = torch.cat([network(images.normalize(x)).float() for (x,) in views])
     if was:
         network.train()
@@ -554,7 +549,7 @@ def fit_to(config: RunConfig, n: int) -> None:
 
     A batch that makes fewer than 4 steps an epoch becomes the power of two that makes at least 16, but no lower than
     16, or all of less than 32 images (BN needs some); a learning rate that is not scaled with N follows it; a warm-up
-    as long as the run becomes a tenth of it.
+    and the like as long as the run become a tenth of it.
     """
     ensure(n >= 2, f"--data {config.data}: only {n} image to train on; give 2 or more")
     fits = config.batch_size <= n or "batch_size" not in config.given
@@ -562,20 +557,25 @@ def fit_to(config: RunConfig, n: int) -> None:
     lower, fitted = n if n < 32 else 2 ** int(math.log2(max(n / 16, 16))), {}
     if n < 4 * config.batch_size and lower < config.batch_size and "batch_size" not in config.given:
         fitted["batch_size"] = lower
-        if config.lr_of_preset_batch and "lr" not in config.given:
+        if config.lr_of_preset_batch:
             fitted["lr"] = config.lr * lower / config.batch_size
-    if config.warmup_epochs >= config.epochs and "warmup_epochs" not in config.given:
-        fitted["warmup_epochs"] = config.epochs / 10
-    if fitted:
-        changes = ", ".join(f"{dashed(name)} {getattr(config, name):g} becomes {fitted[name]:g}" for name in fitted)
-        print(f"note: for {n:,} images and {config.epochs} epochs, {changes}")
-    for name, value in fitted.items():
-        setattr(config, name, value)
-    config.check()
+    long = [name for name in flags(type(config)) if name.endswith("_epochs") and getattr(config, name) >= config.epochs]
+    fit(config, f"{n:,} images and {config.epochs} epochs", fitted | dict.fromkeys(long, config.epochs / 10))
     steps = n // config.batch_size
     if steps * config.epochs < 300:
         enough = f"--epochs {-(-1000 // steps)} makes 1,000"
         print(f"note: {steps * config.epochs} steps in all are too few to learn much; {enough}")
+
+
+def fit(config: RunConfig, what: str, fitted: dict[str, float]) -> None:
+    """Set the flags in `fitted` that were not given by hand, and say so in a line."""
+    fitted = {k: v for k, v in fitted.items() if k not in config.given and v != getattr(config, k)}
+    if fitted:
+        changes = ", ".join(f"{dashed(name)} {getattr(config, name):g} becomes {fitted[name]:g}" for name in fitted)
+        print(f"note: for {what}, {changes}")
+    for name, value in fitted.items():
+        setattr(config, name, value)
+    config.check()
 
 
 def lock(folder: Path) -> Any:
@@ -744,18 +744,21 @@ class Run:
                 signal.signal(number, handler)
             self.lock.close()
 
-    def batches(self, views: int, scale: tuple[float, float]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def batches(
+        self, views: int = 0, scale: tuple[float, float] = (1.0, 1.0), crops: images.Crops = ()
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The rest of this epoch: for each batch its image indices (N,) and `views` random crops (N, 3, S, S) of them.
 
-        A crop's area is in `scale`, a range of fractions. The order depends on the seed and the epoch alone, so a
-        resumed run sees the same batches.
+        A crop's area is in `scale`, a range of fractions; `crops` lists crops of several kinds (see `Images.views`).
+        The order depends on the seed and the epoch alone, so a resumed run sees the same batches.
         """
         c, n, self.started = self.config, self.config.batch_size, time.monotonic() - self.progress["seconds"]
         self.saved = self.shown = time.monotonic()
         seed = c.seed * 1_000_003 + self.step // self.steps
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
         left = order[self.step % self.steps * n : self.steps * n].split(n)
-        yield from zip(left, self.data.train.views(left, c.image_size, views, scale, seed, c.workers), strict=True)
+        crops = crops or [(c.image_size, scale)] * views
+        yield from zip(left, self.data.train.views(left, crops, seed, c.workers), strict=True)
 
     def log(self, loss: Tensor, z: Tensor, *views: Tensor) -> None:
         """Count a step; about once a second check the loss (the only wait for the device) and show where we are.
@@ -884,10 +887,12 @@ class Run:
 
     def draw_views(self, views: Sequence[Tensor], count: int = 8) -> None:
         """views.png: a column is an image, its views one above the other."""
-        both = torch.cat([v[:count] for v in views]).float().cpu()
-        both = both * images.STD.view(3, 1, 1) + images.MEAN.view(3, 1, 1)
-        both = F.interpolate(both, scale_factor=max(1, 96 // both.shape[-1]), mode="nearest")
-        torchvision.utils.save_image(both, self.out / "views.png", nrow=len(views[0][:count]), pad_value=1)
+        side, rows = max(v.shape[-1] for v in views), []
+        for v in views:  # a small crop stands in the corner of a white square
+            v = v[:count].float().cpu() * images.STD + images.MEAN
+            rows.append(F.pad(v, (0, side - v.shape[-1]) * 2, value=1.0))
+        grid = F.interpolate(torch.cat(rows), scale_factor=max(1, 96 // side), mode="nearest")
+        torchvision.utils.save_image(grid, self.out / "views.png", nrow=len(rows[0]), pad_value=1)
 
     def curves(self) -> None:
         """curves.png: loss, kNN, feature std against 1/sqrt(d), and effective rank, by epoch; needs matplotlib."""

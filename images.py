@@ -27,15 +27,23 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # as torchvision's weights are fed
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # (3, 1, 1), torchvision's
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # whatever the suffix says, no other is opened
 SMALLEST_SIDE, MOST_PIXELS = 8, 89_000_000  # less has nothing to crop; more takes gigabytes: Pillow, too, warns of it
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # of this process
 SPLIT = re.compile(r"(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images))?\d*", re.I)  # test_set, val2017, ...
+Crops = Sequence[tuple[int, tuple[float, float] | None]]  # of an image: the size of each and its range of areas
 
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that says what, and what to do."""
+
+
+def ensure(ok: Any, message: str) -> None:
+    """Raise `InputError` unless `ok`."""
+    if not ok:
+        raise InputError(message)
 
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -60,30 +68,29 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def views(
-        self, batches: Sequence[Tensor], size: int, count: int = 1, scale: Any = None, seed: int = 0, workers: int = 4
-    ) -> Iterator[list[Tensor]]:
-        """For each batch of indices (B,) yield `count` crops (B, 3, size, size) of its images, float in [0, 1].
+    def views(self, batches: Sequence[Tensor], crops: Crops, seed: int = 0, workers: int = 4) -> Iterator[list[Tensor]]:
+        """For each batch of indices (B,) yield the `crops` of its images, (B, 3, size, size) each, float in [0, 1].
 
-        `scale`: the range of a random resized crop's fraction of the area; None: the central view of evaluation. A
-        resident set draws from torch's CPU generator, a streamed one from (`seed`, image): workers change nothing.
+        A crop is (its size, the range of a random resized crop's fraction of the area, or None: evaluation's central
+        view). A resident set draws from torch's CPU generator, a streamed one from (`seed`, image): workers change
+        nothing.
         """
         if self.images is None:
-            yield from self.stream(batches, size, count, scale, seed, workers)
+            yield from self.stream(batches, crops, seed, workers)
             return
         for index in batches:
             picked, sizes = self.images[self.rows[index].to(self.device, non_blocking=True)], self.sizes[index]
             shrink = (torch.tensor(picked.shape[2:]) / sizes).repeat(1, 2)  # original pixels -> pixels of the copy
-            boxes = [crop_boxes(sizes, size, scale) * shrink for _ in range(count)]
-            yield [crop_resize(picked, box, size) for box in boxes]
+            boxes = [crop_boxes(sizes, size, scale) * shrink for size, scale in crops]
+            yield [crop_resize(picked, box, size) for box, (size, _) in zip(boxes, crops, strict=True)]
 
-    def stream(self, batches, size, count, scale, seed, workers) -> Iterator[list[Tensor]]:
+    def stream(self, batches: Sequence[Tensor], crops: Crops, seed: int, workers: int) -> Iterator[list[Tensor]]:
         """`views` from worker processes, which decode and crop pieces of at most 256 images."""
         pieces = [[piece.tolist() for piece in batch.split(256)] for batch in batches]
         loader = torch.utils.data.DataLoader(
-            Streamed(self.paths, self.labels, size, count, scale, seed),
+            Streamed(self.paths, self.labels, crops, seed),
             batch_sampler=[piece for batch in pieces for piece in batch],
-            num_workers=min(workers, os.cpu_count() or 1),
+            num_workers=min(workers, CORES),
             pin_memory=self.device.type == "cuda",
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # else it draws from torch's own, and a resumed run draws once more
@@ -91,12 +98,12 @@ class Images:
         try:
             arriving = iter(loader)
             for batch in pieces:
-                crops, bad = zip(*(next(arriving) for _ in batch), strict=True)
+                views, bad = zip(*(next(arriving) for _ in batch), strict=True)
                 for line in {line for piece in bad for lines in piece for line in lines.splitlines()} - self.told:
                     self.told.add(line)
                     print(f"\nwarning: {line}; another image stands in", file=sys.stderr)
-                whole = torch.cat([piece.to(self.device, non_blocking=True) for piece in crops])
-                yield [view.float().div_(255) for view in whole.unbind(1)]
+                there = [[part.to(self.device, non_blocking=True) for part in piece] for piece in views]
+                yield [torch.cat(view).float().div_(255) for view in zip(*there, strict=True)]
         except InputError as error:  # a worker's, with its traceback in the text
             raise InputError(str(error).strip().split("InputError: ")[-1]) from None
 
@@ -109,13 +116,13 @@ def start_worker(worker: int) -> None:
 
 
 class Streamed(torch.utils.data.Dataset):
-    """Image index -> uint8 (count, 3, size, size), cropped from the full-resolution picture in a worker process, and
-    the damaged files met, a line each. For one of these another image stands in, of its label if there is one."""
+    """Image index -> its crops, uint8 (3, size, size) of the full-resolution picture, from a worker process, and the
+    damaged files met, a line each. For one of these another image stands in, of its label if there is one."""
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int, count: int, scale: Any, seed: int):
-        self.paths, self.labels, self.size, self.count, self.scale, self.seed = paths, labels, size, count, scale, seed
+    def __init__(self, paths: Sequence[Path], labels: Tensor, crops: Crops, seed: int):
+        self.paths, self.labels, self.crops, self.seed = paths, labels, crops, seed
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[list[Tensor], str]:
         generator, bad = torch.Generator().manual_seed((self.seed * len(self.paths) + index) % 2**63), {}
         for _ in range(100):
             try:
@@ -132,11 +139,11 @@ class Streamed(torch.utils.data.Dataset):
                 index = alike[int(torch.randint(len(alike), (), generator=generator))]
         else:
             raise InputError("a hundred images in a row cannot be decoded; is the folder still there?")
-        sizes, crops = torch.tensor([image.shape[1:]]), []
-        for _ in range(self.count):
-            box = [round(v) for v in crop_boxes(sizes, self.size, self.scale, generator)[0].tolist()]
-            crops.append(TF.resized_crop(image, *box, [self.size, self.size], antialias=True))
-        return torch.stack(crops), "\n".join(bad.values())
+        sizes, views = torch.tensor([image.shape[1:]]), []
+        for size, scale in self.crops:
+            box = [round(v) for v in crop_boxes(sizes, size, scale, generator)[0].tolist()]
+            views.append(TF.resized_crop(image, *box, [size, size], antialias=True))
+        return views, "\n".join(bad.values())
 
 
 @dataclass
@@ -195,13 +202,13 @@ def from_tensors(images: Any, labels: Any, device: torch.device) -> Data:
     """A data set of one's own: uint8 (N, 3, H, W); labels (N,), -1 for none, or None. Every tenth of a class is held
     out. Raises `InputError` for another shape or type."""
     images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise InputError(f"data must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3 and len(images)
+    ensure(fits, f"data must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     if labels is None:
         return Data("a tensor", resident(images, torch.full((len(images),), -1), device))
     labels = torch.as_tensor(labels).long()
-    if labels.shape != images.shape[:1]:
-        raise InputError(f"labels must be ({len(images)},), one for each image, got {tuple(labels.shape)}")
+    words = f"labels must be ({len(images)},), one for each image, got {tuple(labels.shape)}"
+    ensure(labels.shape == images.shape[:1], words)
     test, classes = every_tenth(labels), [str(i) for i in range(int(labels.max()) + 1)]
     images, rows = images.to(device), [mask.nonzero().squeeze(1) for mask in (~test, test)]
     parts = [resident(images, labels[row], device, row) for row in rows]
@@ -244,11 +251,10 @@ def load_folder(root: Path, image_size: int, device: Any, resident_gb: float = 4
     Above `resident_gb` pictures are streamed by `workers`. A run's folder `out` is no part of the set. Where no image
     of a class that is trained on is held out, every tenth of each class is.
     """
-    if not root.is_dir():
-        choices = "give a folder of images or one of shapes, cifar10, cifar100, stl10"
-        raise InputError(f"--data {root}: no such folder; {choices}")
-    if out and os.path.realpath(out) == os.path.realpath(root):
-        raise InputError(f"--out {out}: this is the folder of images; choose another")
+    choices = "give a folder of images or one of shapes, cifar10, cifar100, stl10"
+    ensure(root.is_dir(), f"--data {root}: no such folder; {choices}")
+    apart = not out or os.path.realpath(out) != os.path.realpath(root)
+    ensure(apart, f"--out {out}: this is the folder of images; choose another")
     files, skipped = inventory(root, out)
     damaged, side, pixels = [], round(image_size * 8 / 7), None  # 256 for views of 224
     sizes = in_threads(picture_size, files, workers, damaged, "checked")
@@ -275,9 +281,8 @@ def load_folder(root: Path, image_size: int, device: Any, resident_gb: float = 4
     if len(damaged) > 20:
         print(f"warning: skipped {len(damaged) - 20:,} more like these", file=sys.stderr)
 
-    if not train:
-        why = ", ".join(f"{n:,} {why}" for n, why in reasons(skipped + damaged)) or "it is empty"
-        raise InputError(f"--data {root}: no image to train on: {why}; looked for {', '.join(sorted(SUFFIXES))}")
+    why = ", ".join(f"{n:,} {why}" for n, why in reasons(skipped + damaged)) or "it is empty"
+    ensure(train, f"--data {root}: no image to train on: {why}; looked for {', '.join(sorted(SUFFIXES))}")
     rows = {path: row for row, path in enumerate(paths)}
     index = {name: label for label, name in enumerate(sorted({*train.values()} - {""}))}
     if index and not test:
@@ -469,7 +474,7 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
             skipped.append((str(paths[item] if paths else item), reason(error)))
 
     out = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(workers, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(workers, CORES)) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         for result in pool.map(one, items):
             out.append(result)
@@ -502,9 +507,6 @@ SHAPES = {  # outlines of about the same area
 }
 
 
-COLOURS = (0.2, 0.3, 0.45), (0.85, 0.65, 0.3)  # of the ground and of the shape, before the light
-
-
 def make_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     """Draw `n` images of ten kinds of shapes: uint8 (n, 3, size, size) and labels (n,), the same for the same seed.
 
@@ -523,7 +525,8 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
             ImageDraw.Draw(canvas).polygon(corners.flatten().tolist(), fill=ink)
         cover[i, 0] = np.asarray(canvas.resize((size, size), Image.Resampling.BOX)) / 255
     light = rng.uniform(0.9, 1.1, (2, n, 1, 1, 1)).astype(np.float32)
-    ground, figure = (light[k] * np.array(c, np.float32)[:, None, None] for k, c in enumerate(COLOURS))
+    colours = np.array([[0.2, 0.3, 0.45], [0.85, 0.65, 0.3]], np.float32)  # of ground and shape, before the light
+    ground, figure = light * colours[:, None, :, None, None]
     noise = 0.12 * rng.standard_normal((n, 3, size, size), np.float32)
     pixels = ((ground + (figure - ground) * cover + noise).clip(0, 1) * 255).round().astype(np.uint8)
     return torch.from_numpy(pixels), torch.from_numpy(labels)
@@ -704,5 +707,4 @@ def rotate(x: Tensor, quarters: Tensor | None = None) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """Take torchvision's mean off and divide by its deviation, channel by channel; changes `x` in place."""
-    mean, std = (v.to(x.device, non_blocking=True).view(3, 1, 1) for v in (MEAN, STD))
-    return x.sub_(mean).div_(std)
+    return x.sub_(MEAN.to(x.device, non_blocking=True)).div_(STD.to(x.device, non_blocking=True))

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 import common
 import images
-from common import RunConfig, dashed, ensure
-from images import Data, Images
+from common import RunConfig, dashed
+from images import Data, Images, ensure
 
 
 class Published(NamedTuple):
     """How a paper trains its linear classifier: batch, epochs, the lr at that batch, and how the lr falls."""
 
-    optimizer: str  # all with momentum 0.9 and no weight decay
+    optimizer: str  # all with momentum 0.9
     batch_size: int
     epochs: int
     lr: float
@@ -44,6 +44,7 @@ class Published(NamedTuple):
     factor: float
     crop: float  # least area of a training crop
     source: str
+    weight_decay: float = 0.0
 
 
 PUBLISHED = {
@@ -132,11 +133,12 @@ def fit_as_published(
     if how.optimizer == "lars":
         optimizer = common.LARS(classifier.parameters(), lr=lr)  # the bias too
     else:
-        optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, nesterov=how.optimizer == "nesterov")
+        more = {"weight_decay": how.weight_decay, "nesterov": how.optimizer == "nesterov"}
+        optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, **more)
     for epoch in range(how.epochs):
         order = torch.randperm(len(chosen)).split(batch)
-        seed, scale = int(torch.randint(2**31, ())), (how.crop, 1.0)  # the seed of the workers that stream
-        crops = data.train.views([chosen[i] for i in order], config.image_size, 1, scale, seed, config.workers)
+        seed, crop = int(torch.randint(2**31, ())), [(config.image_size, (how.crop, 1.0))]  # the workers' seed
+        crops = data.train.views([chosen[i] for i in order], crop, seed, config.workers)
         for index, (x,) in zip(order, crops, strict=True):
             x = images.normalize(images.sometimes(x, 0.5, images.flip))
             with torch.no_grad():
@@ -211,7 +213,7 @@ def embed_altered(network: Callable, split: Images, config: RunConfig, probe: st
     index = torch.randperm(len(split), generator=rng)[:PROBE_IMAGES]
     ends = torch.tensor(PROBES[probe][1]).cumsum(0)[:-1]  # exact shares, so that chance is what the table says
     kind = torch.searchsorted(ends, torch.randperm(len(index), generator=rng) / len(index), right=True)
-    views = split.views(index.split(256), config.image_size, workers=config.workers)
+    views = split.views(index.split(256), [(config.image_size, None)], workers=config.workers)
     altered = (images.normalize(alter(x, probe, k)) for (x,), k in zip(views, kind.split(256), strict=True))
     return torch.cat([network(x).float() for x in altered]), kind
 

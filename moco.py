@@ -98,6 +98,7 @@ class Config(RunConfig):
     def check(self) -> None:
         super().check()
         one, bank = self.batch_size == 1, self.mechanism == "memory-bank"
+        common.ensure(self.queue_size > 0, "--queue-size 0: there are no negatives; give 1 or more")
         common.ensure(not (bank and self.symmetric), "--symmetric: a memory bank has one vector an image; take queue")
         common.ensure(not (one and self.mechanism == "end-to-end"), "--batch-size 1: no negatives; give 2 or more")
         fused = self.loss_backend in ("triton", "blocked") and self.mechanism == "end-to-end"
@@ -230,16 +231,12 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
     device, data = common.start(config, data)
     n, tau, mechanism = config.batch_size, config.temperature, config.mechanism
-    asked = {name: getattr(config, name) for name in ("bn_splits", "queue_size")}
+    # groups for a batch that was lowered; a queue for a small set, in which most negatives would be an image's own keys
+    fitted = {"bn_splits": min(config.bn_splits, max(1, n // 8))}
+    fitted["queue_size"] = min(config.queue_size, 2 ** int(math.log2(max(n, len(data.train) // 4))))
+    common.fit(config, f"{len(data.train):,} images in batches of {n}", fitted)
     if config.micro_batch_size:  # a piece is a BN group: else ShuffleBN would not know of it
         config.bn_splits = max(config.bn_splits, n // config.micro_batch_size)
-    if "bn_splits" not in config.given:  # a preset's groups fit a batch that was lowered
-        config.bn_splits = min(config.bn_splits, max(1, n // 8))
-    if "queue_size" not in config.given:  # and its queue a small set: else most negatives of an image are its own keys
-        config.queue_size = min(config.queue_size, 2 ** int(math.log2(max(n, len(data.train) // 4))))
-    for name, was in asked.items():
-        if was != (now := getattr(config, name)):
-            print(f"note: for {len(data.train):,} images in batches of {n}, {common.dashed(name)} {was} becomes {now}")
     groups, fits = config.bn_splits, n >= 2 * config.bn_splits or config.bn_splits == 1
     common.ensure(fits, f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
     common.ensure(

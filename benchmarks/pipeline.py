@@ -86,7 +86,7 @@ def views(size: int, batch: int, rounds: int) -> None:
     )
 
     def ours() -> None:
-        for (x,) in split.views([torch.arange(batch)], size, 1, (config.crop_min_scale, 1.0)):
+        for (x,) in split.views([torch.arange(batch)], [(size, (config.crop_min_scale, 1.0))]):
             simclr.augment(x, config)
 
     def theirs() -> None:

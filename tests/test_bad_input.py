@@ -320,11 +320,11 @@ REFUSED = {
         (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
     ],
     moco: [
-        (["--queue-size", "0"], "--queue-size 0: must be a whole number above 0"),
         (["--momentum", "1.5"], "--momentum 1.5: must be a number at least 0 and at most 1"),
         (["--temperature", "-1"], "--temperature -1.0: must be a number above 0"),
         (["--version", "1"], "unknown --version"),
         (["--preset", "paper-v3"], "argument --preset: invalid choice: 'paper-v3'"),
+        (["--queue-size", "0"], "--queue-size 0: there are no negatives"),
         (["--mechanism", "list"], "argument --mechanism: invalid choice: 'list'"),
         (["--bn-splits", "40", "--batch-size", "64"], "--bn-splits 40: for a batch of 64 give 32 or less"),
         (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a memory bank has one vector an image"),

@@ -452,11 +452,12 @@ def test_streamed_views_are_the_resident_ones_whatever_the_workers_and_the_order
         write(tmp_path / "ab"[i % 2] / f"{i:02}.png", noise(32, 32, 3, seed=i // 2))
     resident, streamed = load(tmp_path), load(tmp_path, resident_gb=0)
     assert torch.equal(resident.train.labels, streamed.train.labels)
-    (a,), (b,) = (next(iter(data.train.views([torch.arange(18)], 32))) for data in (resident, streamed))
+    (a,), (b,) = (next(iter(data.train.views([torch.arange(18)], [(32, None)]))) for data in (resident, streamed))
     assert torch.allclose(a, b, atol=1e-6)
 
     def crops(batches, workers, seed):
-        return torch.cat([torch.stack(v, 1) for v in streamed.train.views(batches, 24, 2, (0.2, 1.0), seed, workers)])
+        views = streamed.train.views(batches, [(24, (0.2, 1.0))] * 2, seed, workers)
+        return torch.cat([torch.stack(v, 1) for v in views])
 
     before = torch.get_rng_state()
     one = crops(torch.arange(18).split(6), 1, 5)
@@ -471,8 +472,19 @@ def test_streamed_views_are_the_resident_ones_whatever_the_workers_and_the_order
 def test_large_batches_are_streamed_in_pieces(tmp_path):
     data = load(classed(tmp_path, 40), resident_gb=0)
     index = torch.arange(36).repeat(9)  # 324: a piece of 256 and one of 68
-    (one,) = next(data.train.views([index], 16, workers=2))
-    assert one.shape == (324, 3, 16, 16) and torch.equal(one[:36], one[288:])
+    one, other, small = next(data.train.views([index], [(16, None), (16, (0.5, 1.0)), (8, None)], workers=2))
+    assert one.shape == other.shape == (324, 3, 16, 16) and torch.equal(one[:36], one[288:])
+    assert small.shape == (324, 3, 8, 8) and torch.equal(small[:36], small[288:])
+
+
+def test_crops_of_several_kinds_are_each_of_its_own_size_and_range():
+    """Of a picture whose value is its column, the spread of a crop is its width."""
+    ramp = torch.arange(128, dtype=torch.uint8).expand(1, 3, 128, 128).repeat(400, 1, 1, 1).contiguous()
+    split = images.resident(ramp, torch.zeros(400), torch.device("cpu"))
+    large, small = next(split.views([torch.arange(400)], [(32, (0.5, 1.0)), (16, (0.05, 0.1))]))
+    assert large.shape[-1] == 32 and small.shape[-1] == 16
+    widths = [(x.amax((1, 2, 3)) - x.amin((1, 2, 3))) * 255 / 128 * s / (s - 1) for x, s in ((large, 32), (small, 16))]
+    assert widths[0].min() > (0.5 * 3 / 4) ** 0.5 - 0.05 and widths[1].max() < (0.1 * 4 / 3) ** 0.5 + 0.05
 
 
 def test_a_file_that_is_damaged_later_is_told_once_and_replaced_by_any_of_its_class(tmp_path, capfd):
@@ -482,7 +494,7 @@ def test_a_file_that_is_damaged_later_is_told_once_and_replaced_by_any_of_its_cl
     alike = {round(level / 255, 4) for level in range(0, 40, 2)}  # the grey levels of its class
     seen = set()
     for seed in range(8):
-        (view,) = next(data.train.views([torch.tensor([3, 4])], 32, scale=(0.9, 1.0), seed=seed, workers=1))
+        (view,) = next(data.train.views([torch.tensor([3, 4])], [(32, (0.9, 1.0))], seed=seed, workers=1))
         seen.add(round(view[0].mean().item(), 4))
     assert len(seen) > 2 and seen <= alike
     assert capfd.readouterr().err.count(f"warning: skipped {broken}: ") == 1
@@ -495,7 +507,7 @@ def test_a_damaged_file_that_is_the_last_of_its_class_has_a_stand_in_too(tmp_pat
     data = load(tmp_path, resident_gb=0)
     alone = int((data.test.labels == 2).nonzero())
     data.test.paths[alone].write_bytes(b"no picture")
-    (view,) = next(data.test.views([torch.tensor([alone])], 32, workers=1))
+    (view,) = next(data.test.views([torch.tensor([alone])], [(32, None)], workers=1))
     assert view.shape == (1, 3, 32, 32)
 
 
@@ -562,7 +574,7 @@ def test_a_folder_that_vanishes_is_one_line(tmp_path):
     for path in data.train.paths:
         path.unlink()
     with pytest.raises(images.InputError) as found:
-        next(data.train.views([torch.tensor([0])], 32, workers=1))
+        next(data.train.views([torch.tensor([0])], [(32, None)], workers=1))
     assert str(found.value) == "a hundred images in a row cannot be decoded; is the folder still there?"
 
 
@@ -575,15 +587,16 @@ def ramp(h, w):
 def test_the_central_view_of_a_photo_is_the_same_resident_and_streamed(tmp_path):
     for i, shape in enumerate([(240, 160), (100, 300), (128, 128)]):
         write(tmp_path / f"{i}.png", ramp(*shape))
+    crop = [(96, None)]
     (a,), (b,) = (
-        next(load(tmp_path, 96, resident_gb=gb).train.views([torch.arange(3)], 96, workers=1)) for gb in (4, 0)
+        next(load(tmp_path, 96, resident_gb=gb).train.views([torch.arange(3)], crop, workers=1)) for gb in (4, 0)
     )
     assert largest_difference(a, b) < 0.02
 
 
 def test_a_streamed_view_is_cut_from_the_whole_picture_and_antialiased(tmp_path):
     write(tmp_path / "0.png", picture := noise(128, 200, 3))
-    (view,) = next(load(tmp_path, resident_gb=0).train.views([torch.tensor([0])], 32, workers=1))
+    (view,) = next(load(tmp_path, resident_gb=0).train.views([torch.tensor([0])], [(32, None)], workers=1))
     whole = torch.from_numpy(picture[:, 36:164]).permute(2, 0, 1)[None] / 255
     assert largest_difference(view, TF.resize(whole, [32, 32], antialias=True)) < 2 / 255
 
@@ -600,7 +613,7 @@ def test_resident_and_streamed_crops_are_of_one_distribution(tmp_path):
     found = []
     for gb in (4, 0):
         split = load(tmp_path / "links", resident_gb=gb).train
-        x = torch.cat([v for (v,) in split.views(torch.arange(n).split(250), 32, 1, (0.08, 1.0), workers=2)])
+        x = torch.cat([v for (v,) in split.views(torch.arange(n).split(250), [(32, (0.08, 1.0))], workers=2)])
         edges = [x[:, 0, 0].mean(1), x[:, 0, -1].mean(1), x[:, 1, :, 0].mean(1), x[:, 1, :, -1].mean(1)]
         height, width = edges[1] - edges[0], edges[3] - edges[2]
         found.append([*edges, height * width, height / width])
@@ -624,7 +637,7 @@ def test_real_pictures_load_resident_and_streamed(cifar10_folder, tmp_path):
     assert resident.train.images.shape[1:] == (3, 32, 32) and not resident.skipped and resident.labelled
     assert resident.train.labels.bincount().tolist() == [12] * 10
     index = torch.arange(0, 120, 7)
-    (a,), (b,) = (next(iter(data.train.views([index], 32, workers=1))) for data in (resident, streamed))
+    (a,), (b,) = (next(iter(data.train.views([index], [(32, None)], workers=1))) for data in (resident, streamed))
     assert torch.allclose(a, b, atol=1e-6)
     first = sorted((tmp_path / "train" / resident.classes[0]).iterdir())[0]
     pixels = torch.from_numpy(np.array(Image.open(first).convert("RGB"))).permute(2, 0, 1)

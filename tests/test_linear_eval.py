@@ -61,7 +61,7 @@ def fresh_run(out, **given):
 
 def denormalize(x):
     """`normalize` undone: pictures in [0, 1]."""
-    return x * images.STD.view(3, 1, 1) + images.MEAN.view(3, 1, 1)
+    return x * images.STD + images.MEAN
 
 
 def little_data(n=60):
@@ -240,13 +240,13 @@ def test_the_published_protocol_learns_and_follows_its_schedule(method, monkeypa
         monkeypatch.setattr(owner, name, Watched)
     data, scales = little_data(), set()
     views = data.train.views
-    data.train.views = lambda *a, **k: ((scales.add(a[3]) if len(a) > 3 else None), views(*a, **k))[1]
+    data.train.views = lambda *a, **k: (scales.update(scale for _, scale in a[1]), views(*a, **k))[1]
     classifier = fit(Recorder(), data, torch.arange(60), how)
     assert scales == {(0.2 if method == "supcon" else 0.08, 1.0)}
     h = common.embed(Recorder(), data.test, simclr.Config(image_size=16, workers=1))
     assert (classifier(h).argmax(1) == data.test.labels).float().mean() > 0.95
     name, flags = made[0]
-    assert name == ("LARS" if method == "simsiam" else "SGD") and flags.get("weight_decay", 0) == 0
+    assert name == ("LARS" if method == "simsiam" else "SGD") and flags.get("weight_decay", 0) == how.weight_decay
     assert flags.get("momentum", 0.9) == 0.9 and flags.get("nesterov", False) == (method in ("simclr", "byol"))
     if method in ("moco", "supcon"):
         drops = [0.6, 0.8] if method == "moco" else [0.6, 0.75, 0.9]
@@ -356,7 +356,7 @@ def test_altered_features_match_their_pictures(run_folder, probe):
     assert torch.equal(kind, again) and kind.bincount().tolist() == [200 * s for s in linear_eval.PROBES[probe][1]]
     index = torch.randperm(200, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(3)
-    (x,) = next(data.test.views([index], 32))
+    (x,) = next(data.test.views([index], [(32, None)]))
     x = images.normalize(linear_eval.alter(x, probe, kind))
     with torch.no_grad():
         torch.testing.assert_close(h, model.backbone(x), atol=1e-4, rtol=1e-4)

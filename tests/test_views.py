@@ -57,7 +57,7 @@ def test_a_crop_of_a_squeezed_copy_is_the_crop_of_the_picture(monkeypatch):
     copy = (TF.resize(ramp, [64, 64], antialias=True) * 255).round().to(torch.uint8)[None]
     split = images.Images(copy, (), torch.tensor([[h, w]]), torch.tensor([0]), torch.device("cpu"))
     monkeypatch.setattr(images, "crop_boxes", lambda *_: torch.tensor([[100.0, 30.0, 90.0, 60.0]]))
-    (ours,) = next(split.views([torch.tensor([0])], 32, scale=(0.08, 1.0)))
+    (ours,) = next(split.views([torch.tensor([0])], [(32, (0.08, 1.0))]))
     assert largest_difference(ours[0], TF.resized_crop(ramp, 100, 30, 90, 60, [32, 32], antialias=True)) < 0.02
 
 
@@ -286,5 +286,5 @@ def test_every_crop_has_a_draw_of_its_own():
     torch.manual_seed(0)
     pictures = torch.randint(256, (1, 3, 40, 40)).to(torch.uint8).expand(64, 3, 40, 40)
     split = images.resident(pictures, torch.zeros(64), torch.device("cpu"))
-    views = next(split.views([torch.arange(64)], 32, 2, (0.08, 1.0)))
+    views = next(split.views([torch.arange(64)], [(32, (0.08, 1.0))] * 2))
     assert len({tuple(v.flatten()[::97].tolist()) for v in torch.cat(views)}) > 120
