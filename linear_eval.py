@@ -52,6 +52,7 @@ PUBLISHED = {
     "moco": Published("sgd", 256, 100, 30.0, (0.6, 0.8), 0.1, 0.08, "MoCo v1 section 4.1, the same in v2"),
     "byol": Published("nesterov", 1024, 80, 0.8, (), 0, 0.08, "BYOL appendix C.1; 0.2 B/256 of the lr it chooses from"),
     "simsiam": Published("lars", 4096, 90, 1.6, (), 0, 0.08, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
+    "swav": Published("sgd", 256, 100, 0.3, (), 0, 0.08, "the authors' code; its weight decay is 1e-6", 1e-6),
     "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, 0.2, "the authors' code for SupCon on CIFAR"),
 }
 PROBES = {  # probe -> what is told apart, the share of each kind, and the paper's chance, h and g(h)

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = 8  # steps between two points of a picture
 COLUMNS = ("flags", "kNN", "loss", "std", "rank", "cos2", "seconds")
-DEMOS = ("simclr", "moco", "byol", "simsiam", "supcon")
+DEMOS = ("simclr", "moco", "byol", "simsiam", "supcon", "swav")
 
 # method -> table -> (what it asks, flags of every row, rows)
 TABLES = {
@@ -100,8 +100,30 @@ TABLES = {
             ["", "--loss in", "--loss cross-entropy"],
         ),
     },
+    "swav": {
+        "equal-shares": (
+            "what keeps codes from becoming one (SwAV, section 3.1): iterations of Sinkhorn-Knopp, 0 = softmaxes",
+            "--knn-every 1",
+            ["", "--sinkhorn-iterations 1", "--sinkhorn-iterations 0"],
+        ),
+        "prototypes": (
+            "K (SwAV, appendix: 300 72.8, 1000 73.6, 3000 73.9, 10000 74.1, 100000 73.8)",
+            "",
+            ["", "--prototypes 10", "--prototypes 256"],
+        ),
+        "queue": (
+            "z of past batches that share the prototypes with a small one (SwAV, section 4.3, takes 15 batches of 256)",
+            "--batch-size 32 --lr 0.1",
+            ["", "--queue-size 480 --queue-start-epoch 1"],
+        ),
+        "multi-crop": (
+            "small crops that predict the codes of the large ones (SwAV, 400 epochs: 2x224 70.1, 2x224,6x96 74.6)",
+            "",
+            ["", "--crops 2x32,4x16"],
+        ),
+    },
 }
-PICTURES = ("byol.collapse", "simsiam.collapse")  # tables whose runs are drawn, too
+PICTURES = ("byol.collapse", "simsiam.collapse", "swav.equal-shares")  # tables whose runs are drawn, too
 
 
 def traced(method: str, argv: list[str]) -> None:

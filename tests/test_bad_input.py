@@ -17,6 +17,7 @@ import moco
 import simclr
 import simsiam
 import supcon
+import swav
 from tests.helpers import equal, python, refusal
 
 TINY = ["--preset", "demo", "--epochs", "1", "--batch-size", "64", "--knn-every", "0"]
@@ -363,6 +364,26 @@ REFUSED = {
         (["--batch-size", "1"], "--batch-size 1: there are no negatives"),
         (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
         (["--stage", "2"], "unknown --stage"),
+    ],
+    swav: [
+        (
+            ["--image-size", "48"],
+            "--image-size 48: the first of --crops 2x32 must be of that side; give both, such as --crops 2x48",
+        ),
+        (["--crops", "1x32"], "--crops 1x32: give two or more"),
+        (["--batch-size", "1"], "--batch-size 1: one image has no clusters"),
+        (
+            ["--crops", "2x32,1x16", "--small-crop-min-scale", "0.9"],
+            "--small-crop-min-scale: at most --crop-min-scale",
+        ),
+        (["--small-crop-min-scale", "0"], "--small-crop-min-scale 0.0: must be a number above 0 and at most 1"),
+        (["--queue-size", "100", "--batch-size", "128"], "--queue-size 100: give 0, or at least the batch's 128"),
+        (["--epsilon", "0"], "--epsilon 0.0: must be a number above 0"),
+        (["--prototypes", "1"], "--prototypes 1: there is nothing to tell apart"),
+        (["--prototypes", "0"], "--prototypes 0: must be a whole number above 0"),
+        (["--final-lr-scale", "2"], "--final-lr-scale 2.0: must be a number at least 0 and at most 1"),
+        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
+        (["--loss-backend", "naive"], "unknown --loss-backend"),
     ],
 }
 

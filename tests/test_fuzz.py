@@ -24,9 +24,10 @@ import moco
 import simclr
 import simsiam
 import supcon
+import swav
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-METHODS = [simclr, moco, byol, simsiam, supcon]
+METHODS = [simclr, moco, byol, simsiam, supcon, swav]
 TINY = ["--preset", "demo", "--epochs", "1", "--batch-size", "16", "--image-size", "16", "--workers", "1"]
 pytestmark = pytest.mark.slow
 
@@ -56,6 +57,7 @@ def value(kind, choices, rng):
 STRINGS = {  # what a flag of words may be given
     "data": ["shapes", "cifar10", "/no/such/folder", "FOLDER", ""],
     "backbone": ["resnet8", "resnet18", "resnet19", ""],
+    "crops": ["2x16", "1x16,2x8", "2x32", "x", ""],
     "device": ["cpu", "auto", "cuda:7", "meta", ""],
 }
 TOO_LONG = {"epochs", "compile", "out", "resume", "data_dir", "backbone"}  # epochs: base; a compilation takes a minute
@@ -66,9 +68,9 @@ def test_flags_at_random(part, few_shapes, photos, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     rng, statuses = random.Random(1000 * SEED + part), []
     for i in range(40):
-        method = METHODS[i % 5]
+        method = METHODS[i % len(METHODS)]
         kinds = common.flags(method.Config)
-        argv = [*TINY, "--out", f"run{i}", "--data-dir", "nowhere"]
+        argv = [*TINY, *["--crops", "2x16"] * (method is swav), "--out", f"run{i}", "--data-dir", "nowhere"]
         for name in rng.sample(sorted(kinds.keys() - TOO_LONG), rng.randint(1, 4)):
             choices, flag = getattr(kinds[name], "__args__", ()), common.dashed(name)
             if kinds[name] is bool:

@@ -193,7 +193,7 @@ def test_evaluation_changes_nothing_in_the_run(run_folder, evaluate):
 
 def test_every_method_has_a_published_setting():
     lr = {name: how.lr for name, how in linear_eval.PUBLISHED.items()}
-    assert lr == {"simclr": 1.6, "moco": 30, "byol": 0.8, "simsiam": 1.6, "supcon": 5}
+    assert lr == {"simclr": 1.6, "moco": 30, "byol": 0.8, "simsiam": 1.6, "swav": 0.3, "supcon": 5}
     size = {name: (how.batch_size, how.epochs) for name, how in linear_eval.PUBLISHED.items()}
     assert size["supcon"] == (512, 100) and size["moco"] == (256, 100) and size["simsiam"] == (4096, 90)
     for how in linear_eval.PUBLISHED.values():

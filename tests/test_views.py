@@ -12,6 +12,7 @@ import moco
 import simclr
 import simsiam
 import supcon
+import swav
 from tests.helpers import kolmogorov_smirnov, largest_difference
 
 TORCHVISION = {
@@ -245,6 +246,7 @@ RECIPES = {  # flags of `Config`, what `augment` takes beside it, and each (oper
         + [("gaussian_blur", 0.1), ("solarize", 0.2)],
     ),
     "simsiam": (simsiam, {}, (), [("color_jitter", 0.8, *WEAK), ("grey", 0.2), ("gaussian_blur", 0.5), ("flip", 0.5)]),
+    "swav": (swav, {}, (), [("flip", 0.5), ("color_jitter", 0.8, *FULL), ("grey", 0.2), ("gaussian_blur", 0.5)]),
     "supcon": (supcon, {}, (), [("flip", 0.5), ("color_jitter", 0.8, *WEAK), ("grey", 0.2)]),
 }
 
