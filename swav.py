@@ -92,7 +92,7 @@ class Config(RunConfig):
     blur: float = 0.5  # probability of a blur (scripts); pictures of 32 pixels like none
     epochs: int = 800  # passes over the training images (scripts: 100, 200, 400 or 800)
     batch_size: int = 4096  # B, images in a step (appendix A)
-    optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A) or sgd, both with momentum 0.9
+    optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A), or sgd, whose lr acts on the sum of pairs
     lr: float = 4.8  # learning rate, not scaled by B (appendix A: for 4096; scripts: 0.6 for 256)
     warmup_start_scale: float = 0.0625  # part of --lr at which a warm-up starts (scripts: 0.3 of 4.8)
     final_lr_scale: float = 0.001  # part of --lr at which the cosine ends (appendix A: 0.0048 of 4.8)
