@@ -215,6 +215,7 @@ def test_lars_adapts_every_tensor_with_the_rate_outside_the_momentum(few_shapes,
     _, start, views = one_step(swav, given, tmp_path, monkeypatch)
     by_hand(start["model"], views, 2, config().epsilon).backward()
     after = saved(tmp_path)
+    assert not saved(tmp_path, "optimizer")["param_groups"][0]["lr_in_momentum"]
     for name, p in start["model"].named_parameters():
         if name == "projector.0.bias":  # BN takes it off: its gradient is rounding
             continue
