@@ -235,8 +235,10 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     fitted = {"bn_splits": min(config.bn_splits, max(1, n // 8))}
     fitted["queue_size"] = min(config.queue_size, 2 ** int(math.log2(max(n, len(data.train) // 4))))
     common.fit(config, f"{len(data.train):,} images in batches of {n}", fitted)
-    if config.micro_batch_size:  # a piece is a BN group: else ShuffleBN would not know of it
-        config.bn_splits = max(config.bn_splits, n // config.micro_batch_size)
+    pieces = n // (config.micro_batch_size or n)
+    if pieces > config.bn_splits:  # a piece is a BN group: else ShuffleBN would not know of it
+        print(f"note: in pieces of {config.micro_batch_size} images, --bn-splits {config.bn_splits} becomes {pieces}")
+        config.bn_splits = pieces
     groups, fits = config.bn_splits, n >= 2 * config.bn_splits or config.bn_splits == 1
     common.ensure(fits, f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
     common.ensure(
