@@ -47,7 +47,8 @@ import common
 from common import RunConfig, cosine_lr, set_lr
 from images import color_jitter, flip, gaussian_blur, grey, normalize, sometimes
 
-SMALL_BATCH = {"batch_size": 256, "epochs": 200, "lr": 0.6, "warmup_epochs": 0.0, "queue_size": 3840}  # authors'
+# the authors' script for batches of 256
+SMALL_BATCH = {"batch_size": 256, "epochs": 200, "lr": 0.6, "warmup_epochs": 0.0, "queue_size": 3840}
 CIFAR = {  # ours, since the paper does not train on CIFAR-10; tried for ten epochs of resnet8 alone
     **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "stem": "cifar", "crops": "2x32", "epochs": 800},
     **{"batch_size": 128, "optimizer": "sgd", "lr": 0.4, "weight_decay": 1e-4, "prototypes": 512, "epsilon": 0.01},
