@@ -477,11 +477,13 @@ def test_large_batches_are_streamed_in_pieces(tmp_path):
     assert small.shape == (324, 3, 8, 8) and torch.equal(small[:36], small[288:])
 
 
-def test_crops_of_several_kinds_are_each_of_its_own_size_and_range():
+@pytest.mark.parametrize("gb", [4, 0], ids=["resident", "streamed"])
+def test_crops_of_several_kinds_are_each_of_its_own_size_and_range(gb, tmp_path):
     """Of a picture whose value is its column, the spread of a crop is its width."""
-    ramp = torch.arange(128, dtype=torch.uint8).expand(1, 3, 128, 128).repeat(400, 1, 1, 1).contiguous()
-    split = images.resident(ramp, torch.zeros(400), torch.device("cpu"))
-    large, small = next(split.views([torch.arange(400)], [(32, (0.5, 1.0)), (16, (0.05, 0.1))]))
+    for i in range(100):
+        Image.fromarray(np.tile(np.arange(128, dtype=np.uint8), (128, 1))).save(tmp_path / f"{i}.png")
+    split = load(tmp_path, 128, resident_gb=gb).train
+    large, small = next(split.views([torch.arange(100)], [(32, (0.5, 1.0)), (16, (0.05, 0.1))], workers=1))
     assert large.shape[-1] == 32 and small.shape[-1] == 16
     widths = [(x.amax((1, 2, 3)) - x.amin((1, 2, 3))) * 255 / 128 * s / (s - 1) for x, s in ((large, 32), (small, 16))]
     assert widths[0].min() > (0.5 * 3 / 4) ** 0.5 - 0.05 and widths[1].max() < (0.1 * 4 / 3) ** 0.5 + 0.05

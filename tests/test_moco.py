@@ -440,7 +440,8 @@ def test_pieces(mechanism, few_shapes, tmp_path):
 def test_pieces_are_bn_groups_whose_keys_are_shuffled(few_shapes, tmp_path, capsys):
     given = TINY | {"batch_size": 32, "bn_splits": 1}
     moco.train(config(**given, micro_batch_size=8, out=str(tmp_path / "pieces")))
-    assert "BN statistics over groups of 8 images, keys shuffled" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "BN statistics over groups of 8 images, keys shuffled" in said and "--bn-splits 1 becomes 4" in said
     moco.train(config(**given | {"bn_splits": 4}, out=str(tmp_path / "groups")))
     assert equal(saved(tmp_path / "pieces"), saved(tmp_path / "groups"))
 
