@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -31,7 +32,8 @@ MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., No
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # whatever the suffix says, no other is opened
 SMALLEST_SIDE, MOST_PIXELS = 8, 89_000_000  # less has nothing to crop; more takes gigabytes: Pillow, too, warns of it
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # of this process
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of this process; torchrun says of how many
 SPLIT = re.compile(r"(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images))?\d*", re.I)  # test_set, val2017, ...
 Crops = Sequence[tuple[int, tuple[float, float] | None]]  # of an image: the size of each and its range of areas
 
@@ -44,6 +46,11 @@ def ensure(ok: Any, message: str) -> None:
     """Raise `InputError` unless `ok`."""
     if not ok:
         raise InputError(message)
+
+
+def share() -> tuple[int, int]:
+    """Which of how many processes this is: (rank, W); (0, 1) without `torch.distributed`."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -184,7 +191,7 @@ class Data:
 
 def load(name: str, image_size: int, device: torch.device, data_dir: str = "data", **folder: Any) -> Data:
     """`shapes`, a set of torchvision's, or a folder (`folder`: see `load_folder`), for views of `image_size` pixels.
-    Raises `InputError` when there is nothing usable."""
+    Raises `InputError` when there is nothing usable. Of several processes all must call it: they share the work."""
     if name == "shapes":
         (a, la), (b, lb) = make_shapes(10_000, 0, image_size), make_shapes(2_000, 1, image_size)
         return Data(name, resident(a, la, device), resident(b, lb, device), list(SHAPES))
@@ -230,8 +237,14 @@ def load_torchvision(name: str, data_dir: str, device: torch.device) -> Data:
     stl = name == "stl10"
     make = getattr(torchvision.datasets, name.upper())
     splits = [{"split": "train+unlabeled"}, {"split": "test"}] if stl else [{"train": True}, {"train": False}]
+    (rank, world), sets = share(), []
+    first = rank == 0, os.environ.get("LOCAL_RANK") == "0"  # a folder is filled by one process, else by one a machine
     try:
-        sets = [make(data_dir, download=True, **split) for split in splits]
+        for turn in (*first, True):
+            if turn and not sets:
+                sets = [make(data_dir, download=True, **split) for split in splits]
+            if world > 1:
+                dist.barrier()
     except Exception as error:  # torchvision raises URLError, RuntimeError, OSError, EOFError, ... here
         raise InputError(
             f"--data {name}: no files in {data_dir} and the download failed ({reason(error)}); "
@@ -273,12 +286,14 @@ def load_folder(root: Path, image_size: int, device: Any, resident_gb: float = 4
             return size
 
         sizes = in_threads(read, range(len(paths)), workers, damaged, "decoded", paths)
+        for rank, block in enumerate(blocks(len(paths)) if share()[1] > 1 else ()):
+            dist.broadcast(pixels[block], rank)
         size_of = {path: size for path, size in zip(paths, sizes, strict=True) if size}
         train, test = ({path: name for path, name in part.items() if path in size_of} for part in (train, test))
         pixels = pixels.to(device)
-    for path, why in damaged[:20]:
+    for path, why in damaged[:20] if share()[0] == 0 else ():
         print(f"warning: skipped {path}: {why}", file=sys.stderr)
-    if len(damaged) > 20:
+    if len(damaged) > 20 and share()[0] == 0:
         print(f"warning: skipped {len(damaged) - 20:,} more like these", file=sys.stderr)
 
     why = ", ".join(f"{n:,} {why}" for n, why in reasons(skipped + damaged)) or "it is empty"
@@ -461,9 +476,18 @@ def reason(error: Exception) -> str:
     return text if text.startswith("too ") else kind + text
 
 
+def blocks(n: int) -> list[slice]:
+    """n rows in one block for each process."""
+    world = share()[1]
+    return [slice(n * rank // world, n * (rank + 1) // world) for rank in range(world)]
+
+
 def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, verb: str, paths: Any = None) -> list:
     """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted in
-    `skipped` by its path: the item's own, or that in `paths`."""
+    `skipped` by its path: the item's own, or that in `paths`. Of several processes each does its block of the items,
+    and all know all results."""
+    (rank, world), bad, total = share(), [], len(items)
+    items = items[blocks(len(items))[rank]]
 
     def one(item: Any) -> Any:
         try:
@@ -471,7 +495,7 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            skipped.append((str(paths[item] if paths else item), reason(error)))
+            bad.append((str(paths[item] if paths else item), reason(error)))
 
     out = []
     with warnings.catch_warnings(), ThreadPoolExecutor(min(workers, CORES)) as pool:
@@ -480,7 +504,14 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
             out.append(result)
             if len(out) % 500 == 0 and sys.stdout.isatty():
                 print(f"\r{verb} {len(out):,} of {len(items):,} images\x1b[K\r", end="", flush=True)
-    return out
+    parts = [(out, bad, total)] * world
+    if world > 1:
+        dist.all_gather_object(parts, parts[0])
+    ensure(
+        {total for *_, total in parts} == {total}, "the processes see other files; give a folder that does not change"
+    )
+    skipped += [line for _, lines, _ in parts for line in lines]
+    return [result for results, *_ in parts for result in results]
 
 
 # ----------------------------------------------------------------------------------------------- the embedded set
