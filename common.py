@@ -1,6 +1,7 @@
 """What every method file shares.
 
-Sections: errors and exit status | flags | network | optimisation | evaluation | a run and its files.
+Sections: errors and exit status | flags | one process or torchrun | network | optimisation | evaluation | a run and its
+files.
 Copy this file and images.py along with a method file.
 """
 
@@ -32,18 +33,22 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 import images
-from images import Data, Images, InputError, ensure
+from images import Data, Images, InputError, ensure, share
 
 # ---------------------------------------------------------------------------------------- errors and exit status
 
 OUT_OF_MEMORY = "DefaultCPUAllocator|Storage size calculation overflowed|Cannot allocate memory"  # plain RuntimeErrors
+LOST = "(?i)connection (closed|reset|refused)|broken pipe|remote process exited"  # of another process's end: these, too
 
 
 class RunFailure(RuntimeError):
@@ -60,11 +65,16 @@ def exit_status() -> Iterator[None]:
     (130 Ctrl-C, 143 SIGTERM), 141 as SIGPIPE's when nobody reads what it prints (`| head`).
 
     Every expected failure prints exactly one line, `error: what is wrong, and what to do`; anything else is a bug
-    and keeps its traceback.
+    and keeps its traceback. Of several processes rank 0 speaks; another one if rank 0 has nothing to say.
     """
+    if rank := int(os.environ.get("RANK", "0")) if several() else 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    lost = False
     try:
         yield
         sys.stdout.flush()
+        if share()[1] > 1:
+            dist.destroy_process_group()
         return
     except InputError as error:
         status, line = 2, f"error: {error}"
@@ -80,6 +90,8 @@ def exit_status() -> Iterator[None]:
         elif isinstance(error, OSError):
             full = "; is the disk full?" * (error.errno in (errno.ENOSPC, errno.EDQUOT))
             line = f"error: {error.filename or 'a file'}: {error.strerror or error}{full}"
+        elif share()[1] > 1 and (isinstance(error, dist.DistError) or re.search(LOST, str(error))):
+            lost, line = True, "error: another process of the job has ended; --resume goes on from the last checkpoint"
         else:
             raise
         status = 1
@@ -88,7 +100,12 @@ def exit_status() -> Iterator[None]:
         except OSError:  # it is stdout: a closed pipe; the interpreter flushes once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-    print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
+    if rank and not lost and status <= 2:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)  # if rank 0 says the same, torchrun ends this process
+        line = f"rank {rank}: {line}"
+    if not rank or line.startswith("rank"):
+        print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
     sys.exit(status)
 
 
@@ -96,7 +113,7 @@ def exit_status() -> Iterator[None]:
 
 SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
 MAY_BE_0 = r"seed|weight_decay|.*_(epochs?|every|minutes|iterations|strength|gb)|(micro_batch|queue)_size|hidden_dim"
-MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size"  # on --resume, which says so
+MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size|bn_splits"  # on --resume, which says so
 NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|.*_every|save_minutes"  # to weights
 
 
@@ -117,8 +134,8 @@ class RunConfig:
     data_dir: str = "data"  # where downloads are kept
     resident_gb: float = 4.0  # hold a folder's decoded images in memory up to this size, stream above it
     epochs: int = 100  # passes over the training images
-    batch_size: int = 256  # N, images in a step
-    micro_batch_size: int = 0  # embed the batch in pieces of so many, for less memory; BN sees a piece; 0 = off
+    batch_size: int = 256  # N, images in a step, of all processes together
+    micro_batch_size: int = 0  # embed each process's batch in pieces of so many, for less memory, seen by BN; 0 = off
     backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
     image_size: int = 224  # side of a view in pixels
@@ -156,13 +173,13 @@ class RunConfig:
             elif kind in (str, bool):
                 ok, rule = isinstance(value, kind), f"must be {kind.__name__}"
             else:
-                share = re.fullmatch(SHARES, name)
-                zero = re.fullmatch(MAY_BE_0, name) or share and not name.endswith("crop_min_scale")
-                most = 1 if share else 2**31 - 1 if kind is int else 1e30  # more overflows
+                fraction = re.fullmatch(SHARES, name)
+                zero = re.fullmatch(MAY_BE_0, name) or fraction and not name.endswith("crop_min_scale")
+                most = 1 if fraction else 2**31 - 1 if kind is int else 1e30  # more overflows
                 number = isinstance(value, (int, kind)) and not isinstance(value, bool)
                 ok = number and (0 < value <= most or zero and value == 0)
                 rule = f"must be {'a whole number' if kind is int else 'a number'} {'at least' if zero else 'above'} 0"
-                rule += f" and at most {most}" * bool(share or number and value > most)
+                rule += f" and at most {most}" * bool(fraction or number and value > most)
             ensure(ok, f"{dashed(name)} {value}: {rule}")
         ensure(self.image_size >= 8, f"--image-size {self.image_size}: must be at least 8")
         ensure(self.micro_batch_size != 1, "--micro-batch-size 1: BN has nothing to compare then; give 2 or more")
@@ -201,7 +218,7 @@ def parse_args(config: type[RunConfig], argv: Sequence[str] | None = None) -> An
     """Read the command line into a config: a flag given by hand wins over the preset, the preset over the paper.
 
     The preset left out is demo for shapes, cifar for cifar10 and cifar100, paper for anything else. With `--resume`,
-    the values of the run in `--out` stand where the preset would. Raises `InputError`.
+    the values of the run in `--out`, if there is one, stand where the preset would. Raises `InputError`.
     """
     doc = (sys.modules[config.__module__].__doc__ or "").strip().split("\n")
     examples = "\n".join(["examples:", *(line for line in doc if line.startswith("    python "))])
@@ -225,26 +242,168 @@ def parse_args(config: type[RunConfig], argv: Sequence[str] | None = None) -> An
             group.add_argument(dashed(name), help=f"{text} ({shown})".replace("%", "%%"), **options)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
-        return resumed(config, given)
+        path = Path(given.get("out", config.out)) / "config.json"
+        if path.exists():
+            return resumed(config, given, path)
+        print(f"note: --resume: no run in {path.parent} yet; starting one")
     small = {"shapes": "demo", "cifar10": "cifar", "cifar100": "cifar"}
     return config.preset(given.pop("preset", small.get(given.get("data", "shapes"), "paper")), **given)
 
 
-def resumed(config: type[RunConfig], given: dict[str, Any]) -> Any:
-    """The config of the run in `--out`, with what is given by hand."""
-    path = Path(given.get("out", config.out)) / "config.json"
-    ensure(path.is_file(), f"--resume: no run in {path.parent}; give its folder with --out, or leave out --resume")
-    ensure("preset" not in given, "--resume: the run keeps its preset; leave out --preset")
+def resumed(config: type[RunConfig], given: dict[str, Any], path: Path) -> Any:
+    """The config of the run whose config.json is `path`, with what is given by hand."""
     try:
         stored = json.loads(path.read_text())
         by_hand, recipe, method = set(stored["given"]), stored["preset"], stored["method"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--resume: {path} cannot be read; start again without --resume") from None
     ensure(method == config.method(), f"--resume: {path.parent} holds a run of {method}")
+    asked = given.pop("preset", recipe)
+    ensure(asked == recipe, f"--preset {asked}: the run in {path.parent} keeps its preset, {recipe}; leave it out")
     stored = {k: v for k, v in stored.items() if k in flags(config)}
     result = config(**stored | given | {"out": str(path.parent)})  # the folder may have moved
     result.recipe, result.given = recipe, by_hand | given.keys()
     return result
+
+
+# --------------------------------------------------------------------------------------- one process or torchrun
+#
+# W processes compute what one would: each takes its share of a batch, BN and the losses reach over all of them, and
+# DistributedDataParallel averages the gradients. With W = 1 gather, mine, same and over_all return what they are given.
+
+
+def several() -> bool:
+    """Whether torchrun, or the like, has started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; of several processes, each has its own, and they meet here.
+
+    Raises `InputError` where it cannot hold a number.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if several():
+        words = f"--device {name}: several processes are on the CPU, or have a GPU each; give cuda, cpu or auto"
+        ensure(name in ("cuda", "cpu"), words)
+        asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        ensure(name == "cpu" or asked <= there, f"{asked} processes, but {there} GPUs; start one for each GPU")
+        name += f":{os.environ.get('LOCAL_RANK', '0')}" * (name == "cuda")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not to be had here; give cpu or auto") from None
+    if several() and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            store, rank, world = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(attempt, store)  # torchrun's may hold the addresses of an attempt that has died
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        except ValueError:  # a variable is missing
+            raise InputError("WORLD_SIZE is set, but not by torchrun; start by torchrun, or unset it") from None
+    return device
+
+
+def group() -> Any:
+    """The process group that the losses take: of all processes, or None for one."""
+    return dist.group.WORLD if share()[1] > 1 else None
+
+
+class Gather(torch.autograd.Function):
+    """The rows x (n, ...) of all processes, (W n, ...), rank by rank. The gradient is that of the sum of all processes'
+    losses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(share()[1])]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return mine(over_all(grad.clone(memory_format=torch.contiguous_format)))
+
+
+def gather(x: Tensor) -> Tensor:
+    """x (n, ...) of all processes, (W n, ...), rank by rank."""
+    return Gather.apply(x) if share()[1] > 1 else x
+
+
+def mine(x: Tensor) -> Tensor:
+    """This process's block of the rows x (M, ...): what it gave to `gather`."""
+    rank, world = share()
+    return x.tensor_split(world)[rank]
+
+
+def same(x: Tensor) -> Tensor:
+    """x as rank 0 has it, in place."""
+    if share()[1] > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
+def over_all(x: Tensor, op: str = "SUM") -> Tensor:
+    """The sum (or another reduction) of all processes' x, in place."""
+    if share()[1] > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+    return x
+
+
+def draw_apart() -> None:
+    """From here on each process has random numbers of its own; rank 0 goes on with those of one process."""
+    if rank := share()[0]:
+        torch.manual_seed((torch.initial_seed() + 1_000_003 * rank) % 2**63)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """nn.SyncBatchNorm for a CPU, which that one refuses: BN with the statistics of all processes' equal batches."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        y, mean, var = NormalizeAll.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.shape[1] * share()[1]
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return y
+
+
+class NormalizeAll(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) w + b, channel by channel, with mean and (biased) var over all processes; both of
+    these, too. With g the gradient and x^ = (x - mean) / sqrt(var + eps), that of x is
+    w / sqrt(var + eps) (g - mean of g - x^ mean of g x^), the means again over all."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, eps):
+        zero = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        w, b = zero + 1 if w is None else w, zero if b is None else b
+        own = torch.batch_norm_update_stats(x, zero, zero + 1, 0.0)  # mean and variance, (C,) each
+        means, variances = gather(torch.stack(own)[None]).unbind(1)  # (W, C)
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        ctx.save_for_backward(x, w, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, w, b, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x, w, mean, var = ctx.saved_tensors
+        still = torch.ops.aten.native_batch_norm_backward  # as if mean and var were constants
+        dx, dw, db = still(g, x, w, mean, var, None, None, False, ctx.eps, [True] * 3)
+        count, inverse = x.numel() // x.shape[1] * share()[1], (var + ctx.eps).rsqrt()
+        gx, g = over_all(torch.stack([dw, db])) / count  # the means of g x^ and of g
+        scale, shift = w * inverse * inverse * gx, w * inverse * (g - mean * inverse * gx)
+        dx = dx - F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(var), scale, shift, eps=0.0)
+        return dx, *(d if needed else None for d, needed in zip((dw, db), ctx.needs_input_grad[1:3], strict=True)), None
 
 
 # ------------------------------------------------------------------------------------------------------- network
@@ -294,7 +453,7 @@ def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Mod
 @contextmanager
 def still_statistics(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics of every BN layer as they are, for a forward pass that is not to count."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     try:
         yield
@@ -321,34 +480,61 @@ def in_pieces(network: nn.Module, pieces: int, *views: Tensor, again: bool = Tru
     return torch.cat(out) if isinstance(out[0], Tensor) else tuple(torch.cat(rows) for rows in zip(*out, strict=True))
 
 
-def network_for(model: nn.Module, config: RunConfig, device: torch.device, pieces: int = 0) -> Callable[..., Any]:
+class Network(nn.Module):
+    """What a training step calls: the model, under autocast to `dtype` (None: off), in so many pieces."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None, pieces: int):
+        super().__init__()
+        self.model, self.pieces, self.cast = model, pieces, (device.type, dtype, dtype is not None)
+
+    def forward(self, *views: Tensor) -> Any:
+        with torch.autocast(*self.cast):
+            return in_pieces(self.model, self.pieces, *views)
+
+
+def network_for(
+    model: nn.Module, config: RunConfig, device: torch.device, pieces: int = 0, global_bn: bool = True
+) -> nn.Module:
     """What a training step calls: the model, under `--amp`, by `--compile`, and in so many pieces (0: those of
-    `--micro-batch-size`)."""
-    pieces = pieces or max(1, config.batch_size // (config.micro_batch_size or config.batch_size))
+    `--micro-batch-size`); of several processes, with the mean of their gradients, and BN over all of them unless
+    `global_bn` is False."""
+    world = share()[1]
+    pieces = pieces or max(1, config.batch_size // world // (config.micro_batch_size or config.batch_size))
+    if world > 1 and global_bn and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world > 1 and global_bn:
+        for module in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+            module.__class__ = SyncBatchNorm  # the same parameters and buffers
     if config.compile:
         for part in model.children():
             part.compile()
-    model.train()
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
+    return average_gradients(Network(model, device, dtype, pieces).train())
 
-    def network(*views: Tensor) -> Any:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            return in_pieces(model, pieces, *views)
 
+def average_gradients(network: nn.Module) -> nn.Module:
+    """The network, whose gradients are the mean of all processes'."""
+    if share()[1] > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # once, just now, was enough; the argument of this name warns
     return network
 
 
-def loss_backend(kernels: Any, config: RunConfig, rows: int, columns: int, device: torch.device) -> str:
+def loss_backend(
+    kernels: Any, config: RunConfig, rows: int, columns: int, device: torch.device, group: Any = None
+) -> str:
     """What `--loss-backend` stands for at this shape: "naive", the loss of the method's own file, or one of `kernels`.
 
-    `kernels` is the package, or None where it was not copied along. Raises `InputError` for what cannot run.
+    `kernels` is the package, or None where it was not copied along; `group` that of a loss over several processes.
+    Raises `InputError` for what cannot run.
     """
     asked = config.loss_backend
     if kernels is None:
+        ensure(group is None, "of several processes the loss needs the folder kernels/; copy it along")
         ensure(asked in ("auto", "naive"), f"--loss-backend {asked}: the folder kernels/ is not here; copy it along")
         return "naive"
     try:
-        return kernels.resolve_backend(asked, rows, columns, device, torch.float32)
+        return kernels.resolve_backend(asked, rows, columns, device, torch.float32, group)
     except ValueError as error:
         raise InputError(f"--loss-backend {asked}: {error}") from None
 
@@ -419,18 +605,27 @@ class LARS(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | None = None) -> Tensor:
-    """`network`, its BN in eval mode, of the central views of a split (or of its images `index`): (N, d) float32."""
-    piece = min(512, 2 * (config.micro_batch_size or config.batch_size))  # no more memory than a training step
-    batches = (torch.arange(len(split)) if index is None else index).split(piece)
+def embed(
+    network: Callable, split: Images, config: RunConfig, index: Tensor | None = None, alter: Callable | None = None
+) -> Tensor:
+    """`network`, its BN in eval mode, of the central views of a split (or of its images `index`): (N, d) float32.
+
+    `alter(x, rows)`, if given, changes the views x of these rows of the result. Several processes each embed a part.
+    """
+    (rank, world), index = share(), torch.arange(len(split)) if index is None else index
+    own = config.micro_batch_size or max(1, config.batch_size // world)
+    piece = min(512, 2 * own)  # no more memory than a training step
+    rows = (torch.arange(-(-len(index) // world)) * world + rank) % len(index)  # as many for each process
+    batches = rows.split(piece)
     was = isinstance(network, nn.Module) and network.training
     if was:
         network.eval()
-    views = split.views(batches, [(config.image_size, None)], workers=config.workers)
-    out = torch.cat([network(images.normalize(x)).float() for (x,) in views])
+    views = split.views([index[part] for part in batches], [(config.image_size, None)], workers=config.workers)
+    altered = (alter(x, part) if alter else x for (x,), part in zip(views, batches, strict=True))
+    out = gather(torch.cat([network(images.normalize(x)).float() for x in altered]))
     if was:
         network.train()
-    return out
+    return out.view(world, -1, out.shape[1]).transpose(0, 1).flatten(0, 1)[: len(index)]
 
 
 def knn_k(labels: Tensor) -> int:
@@ -476,7 +671,10 @@ def knn_of(network: Callable, data: Data, config: RunConfig) -> float | None:
         bank = bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:BANK]]
     features, queries = embed(network, data.train, config, bank), embed(network, data.test, config)
     mean, k = features.mean(0) if network is pixels else 0, knn_k(data.train.labels[known])
-    return knn_accuracy(features - mean, data.train.labels[bank], queries - mean, data.test.labels, k)
+    queries, labels, right = mine(queries - mean), mine(data.test.labels), 0
+    if len(queries):
+        right = round(len(queries) * knn_accuracy(features - mean, data.train.labels[bank], queries, labels, k))
+    return int(over_all(torch.tensor(right))) / len(data.test)
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -504,16 +702,6 @@ def health(z: Tensor) -> tuple[float, float, float]:
 # ----------------------------------------------------------------------------------------- a run and its files
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name. Raises `InputError` where it cannot hold a number."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not to be had here; give cpu or auto") from None
-    return device
-
-
 def load_data(config: RunConfig, device: torch.device) -> Data:
     """The data set that a config asks for. Raises `InputError` when there is nothing usable."""
     folder = {"resident_gb": config.resident_gb, "workers": config.workers, "out": config.out}
@@ -527,8 +715,7 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     Raises `InputError` for what cannot be had.
     """
     device, out = pick_device(config.device), Path(config.out)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    ensure(alone, "torchrun with several processes is not supported yet; start one")
+    share_out(config)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out).close()  # the run takes it again
@@ -540,8 +727,26 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
         data = images.from_tensors(*(data if isinstance(data, tuple) else (data, None)), device)
     save_whole("".join(f"{path}: {why}\n" for path, why in data.skipped), out / "skipped.txt")
     fit_to(config, len(data.train))
+    share_out(config)
     torch.manual_seed(config.seed)
     return device, data
+
+
+def share_out(config: RunConfig) -> None:
+    """Refuse a batch that the processes cannot share equally, in whole pieces, and processes that do not agree."""
+    n, world = config.batch_size, share()[1]
+    every = [dataclasses.asdict(config)] * world
+    if world > 1:
+        dist.all_gather_object(every, every[0])
+    words = (
+        f"--out {config.out}: the processes have other flags, or another run there; give them one folder, and the same"
+    )
+    ensure(all(other == every[0] for other in every), words)
+    near = n - n % world or world
+    ensure(n % world == 0, f"--batch-size {n}: must be a multiple of {world}, the number of processes; try {near}")
+    own, piece = n // world, config.micro_batch_size or n
+    words = f"--micro-batch-size {piece}: must divide the {own} images of each process"
+    ensure(piece >= own or own % piece == 0, words)
 
 
 def fit_to(config: RunConfig, n: int) -> None:
@@ -579,7 +784,11 @@ def fit(config: RunConfig, what: str, fitted: dict[str, float]) -> None:
 
 
 def lock(folder: Path) -> Any:
-    """An open file; until it is closed, or this process ends in whatever way, no other one trains in this folder."""
+    """An open file; until it is closed, or this process ends in whatever way, no other one trains in this folder.
+
+    Of several processes rank 0 takes it, and alone writes there."""
+    if share()[0]:
+        return io.StringIO()
     file = open(folder / ".lock", "w")  # noqa: SIM115
     try:
         import fcntl
@@ -596,7 +805,9 @@ def lock(folder: Path) -> Any:
 
 def save_whole(state: Any, path: Path, before: Path | None = None) -> None:
     """Write with torch.save (text as it is) so that `path` is always a whole file: aside, flushed, renamed. `before`
-    is where the one that it replaces is kept."""
+    is where the one that it replaces is kept. Of several processes rank 0 writes."""
+    if share()[0]:
+        return
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         whole = io.BytesIO()  # into a file, torch.save would hide why it cannot write
@@ -668,24 +879,31 @@ class Run:
 
     def __init__(self, config: RunConfig, data: Data, device: torch.device, **parts: Any):
         self.config, self.data, self.device, self.parts, self.model = config, data, device, parts, parts["model"]
+        self.rank, self.world = share()
         self.out, self.lock = Path(config.out), lock(Path(config.out))
         self.checkpoint, self.before = self.out / "checkpoint.pt", self.out / "checkpoint.previous.pt"
         self.steps = len(data.train) // config.batch_size  # an epoch; the last short batch is left out
         self.total, self.dim = self.steps * config.epochs, self.model.dim
         self.progress = {"step": 0, "loss_sum": 0.0, "seconds": 0.0, "rows": []}  # of the epoch, but for step and rows
         self.losses: list[Tensor] = []  # since the last look at them
+        self.next_look = 0  # step
         self.signal, self.saving, self.warned, self.live = 0, False, False, sys.stdout.isatty()
         self.seen = {"data (training images)": len(data.train), "data (classes)": data.classes}
         there = [path for path in (self.checkpoint, self.before) if path.exists()]
+        draw_apart()
         if config.resume and there:
             self.load()
         elif config.resume:
             print("no checkpoint was written yet: starting from the beginning")
-        elif there:
+        elif there and self.rank == 0:
             kept = next(n for n in itertools.count(1) if not [*self.out.glob(f"checkpoint.run{n}.*")])
             for path in there:
                 os.replace(path, path.with_name(path.name.replace("checkpoint", f"checkpoint.run{kept}")))
             print(f"note: {self.out} held a run; its checkpoint is kept as checkpoint.run{kept}.pt, the rest goes")
+        steps = gather(torch.tensor([self.step]))
+        ensure(
+            (steps == self.step).all(), f"--out {self.out}: all processes must see the same; give a folder they share"
+        )
         if self.step < self.total:
             saved = {"method": config.method(), "preset": config.recipe, "given": sorted(config.given)}
             saved |= dataclasses.asdict(config) | {"resume": False}
@@ -705,7 +923,9 @@ class Run:
         heads = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6 - backbone
         cuda = self.device.type == "cuda"
         on = torch.cuda.get_device_name(self.device) if cuda else f"{self.device}, {torch.get_num_threads()} threads"
-        pieces = f" in pieces of {c.micro_batch_size}" * (0 < c.micro_batch_size < c.batch_size)
+        own = c.batch_size // self.world
+        pieces = f" in pieces of {c.micro_batch_size}" * (0 < c.micro_batch_size < own)
+        on = f"{self.world} processes, {own} images of a batch each; {on}" if self.world > 1 else on
         words = [f"--preset {c.recipe}"]
         for name in (name for name in flags(type(c)) if name in c.given):
             value = getattr(c, name)
@@ -739,6 +959,10 @@ class Run:
         try:
             while self.step < self.total:
                 yield self.step // self.steps
+        except GeneratorExit:  # the loop was left; another process's end may be why, then torchrun sends SIGTERM
+            if self.world > 1:
+                usual.pop(signal.SIGTERM, None)
+            raise
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
@@ -749,6 +973,8 @@ class Run:
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The rest of this epoch: for each batch its image indices (N,) and `views` random crops (N, 3, S, S) of them.
 
+        Of several processes each gets its share, N / W.
+
         A crop's area is in `scale`, a range of fractions; `crops` lists crops of several kinds (see `Images.views`).
         The order depends on the seed and the epoch alone, so a resumed run sees the same batches.
         """
@@ -757,6 +983,7 @@ class Run:
         seed = c.seed * 1_000_003 + self.step // self.steps
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed))
         left = order[self.step % self.steps * n : self.steps * n].split(n)
+        left = [batch[self.rank :: self.world] for batch in left]
         crops = crops or [(c.image_size, scale)] * views
         yield from zip(left, self.data.train.views(left, crops, seed, c.workers), strict=True)
 
@@ -765,31 +992,42 @@ class Run:
 
         `z` (N, d): the output that enters the loss. `views`: what the network was fed.
         """
-        if self.step == 0:
+        if self.step == 0 and self.rank == 0:
             self.draw_views(views)
         self.losses.append(loss.detach())
         self.progress["step"] += 1
         now, done = time.monotonic(), (self.step - 1) % self.steps + 1  # of this epoch
-        save = done < self.steps and (self.signal or 0 < 60 * self.config.save_minutes < now - self.saved)
-        if done == self.steps or save or now - self.shown > 1:
-            for i, value in enumerate(torch.stack(self.losses).float().tolist(), 1):
-                if not math.isfinite(value):
-                    self.fail(f"the loss is {value}", self.step - len(self.losses) + i)
-                self.progress["loss_sum"] += value
-            self.losses.clear()
-            self.z, self.shown = z.detach(), time.monotonic()  # when the device has done it
-            self.progress["seconds"] = self.shown - self.started
-            self.loss = self.progress["loss_sum"] / done
-            self.speed = done * self.config.batch_size / max(1e-9, self.progress["seconds"])  # images a second
-            if self.live:
-                left = (self.total - self.step) * self.config.batch_size / self.speed / 60
-                line = self.line(f"{done}/{self.steps}, {left:.1f} min left", *health(self.z[:512])[:2])
-                with suppress(OSError):  # of a terminal that was closed: SIGHUP's save is to come
-                    print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-        if save:
+        save = bool(self.signal or 0 < 60 * self.config.save_minutes < now - self.saved)
+        look = done == self.steps or (save or now - self.shown > 1 if self.world == 1 else self.step >= self.next_look)
+        if not look:
+            return
+        if self.world > 1:  # all look at the same steps, and save if one wants to
+            a_second = min(2 * len(self.losses), int(len(self.losses) / max(1e-3, now - self.shown)))
+            save, steps = over_all(torch.tensor([save, a_second]), "MAX").tolist()
+            self.next_look = self.step + max(1, steps)
+        self.look(z.detach(), done)
+        if save and done < self.steps:
             self.save()
             self.saved = now
             self.stop_if_asked()
+
+    def look(self, z: Tensor, done: int) -> None:
+        """Check the losses since the last look, and show where we are, `done` steps into the epoch."""
+        for i, value in enumerate((over_all(torch.stack(self.losses).float()) / self.world).tolist(), 1):
+            if not math.isfinite(value):
+                self.fail(f"the loss is {value}", self.step - len(self.losses) + i)
+            self.progress["loss_sum"] += value
+        self.losses.clear()
+        self.z = gather(z) if done == self.steps else z
+        self.shown = time.monotonic()  # when the device has done it
+        self.progress["seconds"] = self.shown - self.started
+        self.loss = self.progress["loss_sum"] / done
+        self.speed = done * self.config.batch_size / max(1e-9, self.progress["seconds"])  # images a second
+        if self.live:
+            left = (self.total - self.step) * self.config.batch_size / self.speed / 60
+            line = self.line(f"{done}/{self.steps}, {left:.1f} min left", *health(self.z[:512])[:2])
+            with suppress(OSError):  # of a terminal that was closed: SIGHUP's save is to come
+                print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     def line(self, what: str, std: float, rank: float) -> str:
         """Where the run is: the progress line of a terminal, and the line that an epoch leaves."""
@@ -798,10 +1036,10 @@ class Run:
         return f"{epoch}  {what}  {self.speed:,.0f} images/s  loss {self.loss:.4f}  {healthy}  rank {rank:.1f}"
 
     def stop_if_asked(self) -> None:
-        if self.signal:
+        if number := int(over_all(torch.tensor(int(self.signal)), "MAX")):
             self.curves()
             done = f"stopped after step {self.step} of {self.total}"
-            raise Stopped(f"{done}; {self.checkpoint} is saved, --resume continues from there", self.signal)
+            raise Stopped(f"{done}; {self.checkpoint} is saved, --resume continues from there", number)
 
     def fail(self, what: str, step: int) -> typing.NoReturn:
         last = f"the last good one is kept in {self.checkpoint}" if self.checkpoint.exists() else "none was written yet"
@@ -855,7 +1093,7 @@ class Run:
         saved = {"method": self.config.method(), "config": dataclasses.asdict(self.config)}
         saved |= {"parts": {name: (type(part).__name__, part.state_dict()) for name, part in self.parts.items()}}
         saved |= {"progress": self.progress, "seen": self.seen}
-        saved |= {"rng": torch.get_rng_state()}  # everything random is drawn on the CPU
+        saved |= {"rng": gather(torch.get_rng_state()[None])}  # everything random is drawn on the CPU; (W, bytes)
         save_whole(saved, self.checkpoint, self.before)
         backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
         save_whole(backbone, self.out / "backbone.pt")
@@ -878,8 +1116,14 @@ class Run:
                 part.load_state_dict(saved)
             except (RuntimeError, ValueError, KeyError):
                 raise InputError(f"--resume: {self.checkpoint} has another {name}; give that run's flags") from None
-        torch.set_rng_state(state["rng"])
         self.progress = state["progress"]
+        if len(state["rng"]) == self.world:
+            torch.set_rng_state(state["rng"][self.rank].clone())
+        else:
+            before = f"{len(state['rng'])} process{'es' * (len(state['rng']) > 1)}"
+            print(f"note: --resume: the run was of {before}, now of {self.world}: its views from here on are others")
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            draw_apart()
 
     def write_log(self) -> None:
         rows = [["" if v is None else f"{v:.6g}" for v in row] for row in self.progress["rows"]]
@@ -896,7 +1140,7 @@ class Run:
 
     def curves(self) -> None:
         """curves.png: loss, kNN, feature std against 1/sqrt(d), and effective rank, by epoch; needs matplotlib."""
-        if not (rows := self.progress["rows"]):
+        if self.rank or not (rows := self.progress["rows"]):
             return
         try:
             from matplotlib.figure import Figure

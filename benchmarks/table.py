@@ -22,6 +22,7 @@ def parser(doc: str, name: str) -> argparse.ArgumentParser:
 def base_config(method: type[RunConfig], rest: list[str], unused: Sequence[str] = ()) -> RunConfig:
     """The recipe of every row: that of the method's script with the flags `rest`. Raises `InputError`, also for those
     that an experiment sets by itself or does without, `unused` among them."""
+    ensure(not common.several(), "an experiment is one process; start it without torchrun")
     base = common.parse_args(method, rest)
     for name in ("seed", "resume", "amp", "compile", "micro_batch_size", "loss_backend", *unused):
         ensure(name not in base.given, f"{common.dashed(name)}: not for this experiment; leave it out")

@@ -1006,7 +1006,6 @@ runpy.run_path("simclr.py", run_name="__main__")
     [
         (signal.SIGKILL, 4, "fork"),
         pytest.param(signal.SIGKILL, 0, "fork", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 0, "fork", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 0, "fork", marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 0, "fork", marks=pytest.mark.slow),
         pytest.param(
