@@ -154,7 +154,8 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     weights = common.parameter_groups(model, config.weight_decay)
     optimizer = (common.LARS if config.optimizer == "lars" else torch.optim.SGD)(weights, lr=lr, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    backend = common.loss_backend(kernels, config, 2 * n, 2 * n, device)
+    group = common.group()  # of torchrun's processes: negatives are the views of all
+    backend = common.loss_backend(kernels, config, 2 * n, 2 * n, device, group)
     run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
     run.header(
         optimizer=f"{config.optimizer}, peak lr {lr:g} (--lr {config.lr:g}, {config.lr_scaling} scaling, N = {n})",
@@ -170,7 +171,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
             if backend == "naive":
                 loss = nt_xent(z1.float(), z2.float(), tau)  # equation 1
             else:
-                loss = kernels.nt_xent(z1, z2, tau, backend=backend)  # the same, without the 2N x 2N matrix
+                loss = kernels.nt_xent(z1, z2, tau, backend=backend, group=group)  # without the 2N x 2N matrix
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -166,7 +166,8 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     n, tau, scale = config.batch_size, config.temperature, config.temperature / config.base_temperature
     parts = {"model": model}
     if baseline:
-        classifier = parts["classifier"] = nn.Linear(model.dim, len(data.classes)).to(device)
+        parts["classifier"] = nn.Linear(model.dim, len(data.classes)).to(device)
+        classifier = common.average_gradients(parts["classifier"])
     weights = common.parameter_groups(nn.ModuleDict(parts), config.weight_decay)
     if config.optimizer == "lars":
         optimizer = common.LARS(weights, lr=config.lr, momentum=0.9)
@@ -174,7 +175,8 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         everything = [p for part in parts.values() for p in part.parameters()]
         optimizer = torch.optim.SGD(everything, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    backend = "naive" if baseline else common.loss_backend(kernels, config, 2 * n, 2 * n, device)
+    group = common.group()  # of torchrun's processes: positives and negatives are the views of all
+    backend = "naive" if baseline else common.loss_backend(kernels, config, 2 * n, 2 * n, device, group)
     run = common.Run(config, data, device, **parts, optimizer=optimizer, scaler=scaler)
     contrastive = (
         f"sup_con {config.loss}, {backend}; mean over 2N = {2 * n} anchors, times tau over its base, {scale:g}"
@@ -196,7 +198,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
             elif backend == "naive":
                 loss = scale * sup_con(z.float(), y, tau, loss=config.loss)  # equation 2 or 3
             else:
-                loss = scale * kernels.sup_con(z, y, tau, loss=config.loss, backend=backend)  # without the matrix
+                loss = scale * kernels.sup_con(z, y, tau, loss=config.loss, backend=backend, group=group)  # no matrix
 
             optimizer.zero_grad()
             scaler.scale(loss).backward()

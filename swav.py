@@ -165,8 +165,9 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int, with_queue: bool) -> Tensor:
         """q (B, K) of a large crop, from its scores (B, K); with the queue, its past z share the prototypes, too."""
-        past = [self.prototypes(self.queue[crop])] if with_queue else []  # (L, K)
-        codes = sinkhorn(torch.cat([scores, *past]), self.config.epsilon, self.config.sinkhorn_iterations)
+        past = [self.prototypes(common.mine(self.queue[crop]))] if with_queue else []  # (L, K)
+        all_scores, c = torch.cat([scores, *past]), self.config
+        codes = sinkhorn(all_scores, c.epsilon, c.sinkhorn_iterations, common.group())
         return codes[: len(scores)]
 
     @torch.no_grad()
@@ -174,8 +175,9 @@ class SwAV(nn.Module):
         """Prototypes back to length 1, for the next step; z (B, V, d), of large crops, over the oldest of the queue."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         if self.config.queue_size:
+            z = common.gather(z[:, : len(self.queue)])
             rows = (step * len(z) + torch.arange(len(z), device=z.device)) % self.config.queue_size
-            self.queue.index_copy_(1, rows, z[:, : len(self.queue)].transpose(0, 1).to(self.queue))
+            self.queue.index_copy_(1, rows, z.transpose(0, 1).to(self.queue))
 
 
 @torch.no_grad()
