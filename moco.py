@@ -35,6 +35,8 @@ drawn once a batch, from the images outside it (Wu et al.: for each query, from 
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -180,8 +182,29 @@ def encode(network: nn.Module, x: Tensor, config: Config, shuffle: bool = False)
     Shuffled (section 3.3), an image meets other companions than its other view does, so that the statistics tell
     nothing about which key belongs to which query.
     """
-    order = torch.randperm(len(x)).to(x.device) if shuffle else torch.arange(len(x), device=x.device)
-    return common.in_pieces(network, config.bn_splits, x[order], again=config.micro_batch_size > 0)[order.argsort()]
+    world = common.share()[1]
+    if shuffle:  # a permutation of the images of all processes
+        order = common.same(torch.randperm(world * len(x))).to(x.device)
+        x = common.gather(x)[common.mine(order)]
+    with joint_statistics(network, config.bn_splits):
+        out = common.in_pieces(network, max(1, config.bn_splits // world), x, again=config.micro_batch_size > 0)
+    return common.gather(out)[common.mine(order.argsort())] if shuffle else out
+
+
+@contextmanager
+def joint_statistics(network: nn.Module, splits: int) -> Iterator[None]:
+    """Running BN statistics as of one process that goes through the groups of all, rank by rank."""
+    world = common.share()[1]
+    statistics = [buffer for buffer in network.buffers() if buffer.ndim] if min(world, splits) > 1 else []
+    old = torch.cat(statistics) if statistics else None
+    yield
+    if statistics:
+        momentum = next(m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        kept = (1 - momentum) ** (splits // world)  # of the old ones, after the groups of one process
+        for moved in common.gather((torch.cat(statistics) - kept * old)[None]):
+            old = kept * old + moved
+        for buffer, value in zip(statistics, old.split([len(buffer) for buffer in statistics]), strict=True):
+            buffer.data.copy_(value)  # not seen by autograd, which has saved it though a training pass needs it not
 
 
 class MemoryBank(nn.Module):
@@ -194,7 +217,7 @@ class MemoryBank(nn.Module):
     def sample(self, index: Tensor, count: int) -> Tensor:
         """`count` vectors (count, d) drawn at random, with replacement, from the images that are not in index (N,)."""
         others = torch.ones(len(self.vectors), dtype=torch.bool).index_fill(0, index, False).nonzero().squeeze(1)
-        return self.vectors[others[torch.randint(len(others), (count,))].to(self.vectors.device)]
+        return self.vectors[others[common.same(torch.randint(len(others), (count,)))].to(self.vectors.device)]
 
     def update(self, index: Tensor, q: Tensor, momentum: float) -> None:
         """v <- m v + (1 - m) q, and back to length 1: the momentum is on the vector, not on the encoder."""
@@ -214,10 +237,13 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor = 
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))  # the positive is the 0th
 
 
-def info_nce_in_batch(q: Tensor, k: Tensor, temperature: float | Tensor = 0.2) -> Tensor:
-    """Equation 1 with the other N - 1 keys of the batch as the negatives; the gradient reaches q and k, (N, d)."""
+def info_nce_in_batch(q: Tensor, k: Tensor, temperature: float | Tensor = 0.2, first: int = 0) -> Tensor:
+    """Equation 1 with the other N - 1 keys k (N, d) of the batch as the negatives; the gradient reaches q and k.
+
+    q (N, d), or the queries of the keys from row `first` on.
+    """
     logits = torch.einsum("nc,kc->nk", F.normalize(q, dim=1), F.normalize(k, dim=1)) / temperature  # (N, N)
-    return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
+    return F.cross_entropy(logits, first + torch.arange(len(q), device=q.device))
 
 
 def lr_at(config: Config, step: int, total: int, warmup: float) -> float:
@@ -232,22 +258,26 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     device, data = common.start(config, data)
     n, tau, mechanism = config.batch_size, config.temperature, config.mechanism
     # groups for a batch that was lowered; a queue for a small set, in which most negatives would be an image's own keys
-    fitted = {"bn_splits": min(config.bn_splits, max(1, n // 8))}
+    rank, world = common.share()
+    fitted = {"bn_splits": -(-min(config.bn_splits, max(1, n // 8)) // world) * world}  # as many for each process
     fitted["queue_size"] = min(config.queue_size, 2 ** int(math.log2(max(n, len(data.train) // 4))))
-    common.fit(config, f"{len(data.train):,} images in batches of {n}", fitted)
+    on = f" on {world} processes" * (world > 1)
+    common.fit(config, f"{len(data.train):,} images in batches of {n}{on}", fitted)
     pieces = n // (config.micro_batch_size or n)
     if pieces > config.bn_splits:  # a piece is a BN group: else ShuffleBN would not know of it
         print(f"note: in pieces of {config.micro_batch_size} images, --bn-splits {config.bn_splits} becomes {pieces}")
         config.bn_splits = pieces
     groups, fits = config.bn_splits, n >= 2 * config.bn_splits or config.bn_splits == 1
     common.ensure(fits, f"--bn-splits {groups}: for a batch of {n} give {max(1, n // 2)} or less")
+    whole = groups == 1 or groups % world == 0
+    common.ensure(whole, f"--bn-splits {groups}: must be 1, or a multiple of {world}, the number of processes")
     common.ensure(
         mechanism != "memory-bank" or n < len(data.train),
         f"--batch-size {n}: leaves no other image for the memory bank's negatives; give less than {len(data.train)}",
     )
 
     model = MoCo(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device, pieces=1)  # the pieces are its BN groups
+    network = common.network_for(model, config, device, pieces=1, global_bn=groups == 1)  # pieces are its BN groups
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -267,14 +297,16 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         """Equation 1 of the queries x_q (N, 3, S, S), with q and k (N, d). index (N,): the images."""
         q, k = network(x_q, x_k)
         if mechanism == "end-to-end":
-            return info_nce_in_batch(q.float(), k.float(), tau), q, k
+            return info_nce_in_batch(q.float(), common.gather(k.float()), tau, first=rank * len(q)), q, k
         if mechanism == "memory-bank":
-            k, negatives = bank.vectors[index.to(device)], bank.sample(index, config.queue_size)
+            k, negatives = bank.vectors[index.to(device)], bank.sample(common.gather(index), config.queue_size)
         else:
             negatives = model.queue  # (K, d)
         if backend == "naive":
-            return info_nce(q.float(), k.float(), negatives, tau), q, k
-        return kernels.info_nce(q, k, negatives, tau, backend=backend), q, k  # the same, without the N x K matrix
+            loss = info_nce(q.float(), k.float(), negatives, tau)
+        else:
+            loss = kernels.info_nce(q, k, negatives, tau, backend=backend)  # the same, without the N x K matrix
+        return loss, q, common.gather(k)
 
     for _ in run.epochs():
         for index, (x_q, x_k) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
@@ -295,7 +327,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
             if mechanism == "queue":
                 model.enqueue(k)  # after the loss: no query meets its key of this step among the negatives
             if mechanism == "memory-bank":
-                bank.update(index, q, config.bank_momentum)
+                bank.update(common.gather(index), common.gather(q.detach()), config.bank_momentum)
             run.log(loss, q, x_q, x_k)
         run.end_epoch()
     return run.finish()
