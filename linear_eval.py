@@ -124,34 +124,40 @@ def fit_as_published(
     """A linear classifier by SGD on random crops (area `how.crop` to 1) and flips of the images `chosen` (N,).
 
     `labels` (N,) are theirs, on the device; `network` gives features of this `width`. The lr is scaled when fewer than
-    `how.batch_size` images are there. Raises `RunFailure` when the loss is no longer finite.
+    `how.batch_size` images are there. Several processes share each batch. Raises `RunFailure` when the loss is no
+    longer finite.
     """
+    rank, world = images.share()
     batch = min(how.batch_size, len(chosen))
     lr, total, step = how.lr * batch / how.batch_size, how.epochs * -(-len(chosen) // batch), 0
     classifier = nn.Linear(width, len(data.classes)).to(labels.device)
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
+    classify = common.average_gradients(classifier)
+    common.draw_apart()
     if how.optimizer == "lars":
         optimizer = common.LARS(classifier.parameters(), lr=lr)  # the bias too
     else:
         more = {"weight_decay": how.weight_decay, "nesterov": how.optimizer == "nesterov"}
         optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, **more)
     for epoch in range(how.epochs):
-        order = torch.randperm(len(chosen)).split(batch)
+        order = common.same(torch.randperm(len(chosen))).split(batch)
+        weights = [len(rows[rank::world]) * world / len(rows) for rows in order]  # of its mean among the processes'
+        order = [rows[min(rank, len(rows) - 1) :: world] for rows in order]  # a process without a row has one, weight 0
         seed, crop = int(torch.randint(2**31, ())), [(config.image_size, (how.crop, 1.0))]  # the workers' seed
         crops = data.train.views([chosen[i] for i in order], crop, seed, config.workers)
-        for index, (x,) in zip(order, crops, strict=True):
+        for index, weight, (x,) in zip(order, weights, crops, strict=True):
             x = images.normalize(images.sometimes(x, 0.5, images.flip))
             with torch.no_grad():
                 h = torch.cat([network(part).float() for part in x.split(512)])  # (batch, width)
-            loss = F.cross_entropy(classifier(h), labels[index.to(labels.device)])
+            loss = F.cross_entropy(classify(h), labels[index.to(labels.device)]) * weight
             optimizer.zero_grad()
             loss.backward()
             drops = sum(epoch >= round(at * how.epochs) for at in how.steps)  # by the epoch; the cosine is by the step
             common.set_lr(optimizer, lr * how.factor**drops if how.steps else common.cosine_lr(step, total, 0, lr))
             optimizer.step()
             step += 1
-        last, where = loss.item(), f"epoch {epoch + 1}/{how.epochs}"
+        last, where = common.over_all(loss.detach()).item() / world, f"epoch {epoch + 1}/{how.epochs}"
         if not math.isfinite(last):
             raise common.RunFailure(f"the classifier's loss is {last} in {where}; give a lower --lr than {lr:g}")
         print(f"  {where}  loss {last:.4f}", flush=True)
@@ -211,12 +217,11 @@ def embed_altered(network: Callable, split: Images, config: RunConfig, probe: st
     """Features of altered central views of up to PROBE_IMAGES images, and which kind each is, (N,)."""
     rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for the noise
+    common.draw_apart()
     index = torch.randperm(len(split), generator=rng)[:PROBE_IMAGES]
     ends = torch.tensor(PROBES[probe][1]).cumsum(0)[:-1]  # exact shares, so that chance is what the table says
     kind = torch.searchsorted(ends, torch.randperm(len(index), generator=rng) / len(index), right=True)
-    views = split.views(index.split(256), [(config.image_size, None)], workers=config.workers)
-    altered = (images.normalize(alter(x, probe, k)) for (x,), k in zip(views, kind.split(256), strict=True))
-    return torch.cat([network(x).float() for x in altered]), kind
+    return common.embed(network, split, config, index, lambda x, rows: alter(x, probe, kind[rows])), kind
 
 
 def run_probes(
@@ -382,7 +387,7 @@ def class_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     print(f"  kNN top-1     {result['knn_top1']:.4f}  (k = {common.knn_k(train_labels)})")
     worst = sorted((a, c) for a, c in zip(result["per_class"], data.classes, strict=True) if not math.isnan(a))[:10]
     print(f"  per class     {', '.join(f'{c} {a:.3f}' for a, c in worst)}" + f" (worst 10 of {count})" * (count > 10))
-    if args.confusion:
+    if args.confusion and images.share()[0] == 0:
         draw_confusion(result["confusion"], data.classes, args.confusion)
     return result
 
