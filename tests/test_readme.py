@@ -13,7 +13,15 @@ from tests.helpers import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 METHODS = [path.stem for path in ROOT.glob("*.py") if "class Config(RunConfig)" in path.read_text()]
-OTHERS = {"--fix-pred-lr", "--index-url"}  # of SimSiam's authors, and of pip
+OTHERS = {
+    "--fix-pred-lr",
+    "--index-url",
+    "--nproc-per-node",
+    "--nnodes",
+    "--max-restarts",
+}  # of authors, pip, torchrun,
+OTHERS |= {"--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nodes", "--ntasks-per-node", "--gpus-per-node"}  # SLURM
+OTHERS |= {"--cpus-per-task", "--signal"}
 
 
 @functools.cache
