@@ -123,12 +123,12 @@ def peak_memory(problem, name, size, d, device, dtype):
     torch.mm(torch.randn(600, 600), torch.randn(600, 600))
     step(function, small)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step(function, arguments)
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(key):
+def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 

@@ -1,0 +1,177 @@
+"""Several processes on one machine (gloo): bytes sent and memory as their number W grows, and the price of a second.
+
+    python benchmarks/scaling.py                  the loss: 1, 2, 4 and 8 processes of 512 images, d = 128
+    python benchmarks/scaling.py --methods        a whole step of each method's demo, two processes
+    python benchmarks/scaling.py --counts         SimCLR's ResNet-50 at 224 pixels: parameters, and bytes a view keeps
+    python benchmarks/scaling.py --speed          images/s of the training loop: two processes against one, on two cores
+
+Bytes are those that the loopback device has carried, in a step's mean, for each process; memory is the peak beyond the
+inputs, of the process with the most. "all-gather with gradient" is what libraries do: z is gathered by a function whose
+backward pass sums the gradient of all rows over all processes, and the loss builds its 2n x 2N logits.
+"""
+
+import argparse
+import importlib
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import images
+import simclr
+from benchmarks.loss import status
+from benchmarks.table import markdown
+from kernels import nt_xent
+
+STEPS = 10
+METHODS = ["simclr", "moco", "byol", "simsiam", "swav", "supcon"]
+
+
+def usual(z1, z2, t=0.5):
+    """nt_xent by an all-gather with gradient: this process's 2n rows against the 2N of all."""
+    z, n = F.normalize(torch.cat([z1, z2]), dim=1), len(z1)
+    every, first = common.gather(z), images.share()[0] * 2 * n
+    own = first + torch.arange(2 * n)
+    s = (z @ every.T / t).index_put((torch.arange(2 * n), own), torch.tensor(-torch.inf))
+    return F.cross_entropy(s, first + torch.arange(2 * n).roll(n))
+
+
+def sent():
+    """Bytes that the loopback device has carried so far."""
+    dist.barrier()
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+def measure_loss(rank, processes, folder, n, d):
+    join(rank, processes, folder)
+    losses = {"ours": lambda a, b: nt_xent(a, b, group=common.group()), "all-gather with gradient": usual}
+    for name, loss in losses.items():
+        torch.manual_seed(rank)
+        z = [torch.randn(n, d, requires_grad=True) for _ in range(2)]
+        loss(z[0][:40], z[1][:40]).backward()  # loads what it needs
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        dist.barrier()
+        before = status("VmRSS")
+        loss(*z).backward()
+        peak = int(common.over_all(torch.tensor(status("VmHWM") - before), "MAX"))
+        start = sent()
+        for _ in range(STEPS):
+            loss(*z).backward()
+        bytes_each = (sent() - start) / STEPS / processes
+        torch.save((bytes_each, peak), f"{folder}/{name}.pt")
+    dist.destroy_process_group()
+
+
+def measure_method(rank, processes, folder, name):
+    join(rank, processes, folder)
+    method, counted, log = importlib.import_module(name), [], common.Run.log
+
+    def spy(run, *rest):
+        counted.append(sent())
+        log(run, *rest)
+
+    common.Run.log, common.Run.curves = spy, lambda run: None
+    pictures, labels = images.make_shapes((STEPS + 4) * 128, 0)
+    config = method.Config.preset("demo", epochs=1, warmup_epochs=0.0, batch_size=128, knn_every=0, out=f"{folder}/run")
+    with open(os.devnull, "w") as sys.stdout:
+        method.train(config, data=(pictures, labels))
+    each = [b - a for a, b in itertools.pairwise(counted[2:STEPS])]
+    torch.save(statistics.median(each) / processes, f"{folder}/{name}.pt")
+    dist.destroy_process_group()
+
+
+def join(rank, processes, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    torch.set_num_threads(1)
+
+
+def in_processes(work, processes, *rest):
+    """What `work` has saved in its folder, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (processes, folder, *rest), nprocs=processes)
+        return {path.stem: torch.load(path) for path in Path(folder).glob("*.pt")}
+
+
+def counts():
+    """Of SimCLR's model: M parameters, BN layers, and the MB that the graph of a view keeps, without and with bf16."""
+    model = simclr.SimCLR(simclr.Config()).to(memory_format=torch.channels_last)
+    layers = sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    row = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}", str(layers)]
+    for amp in (False, True):
+        kept = []
+        for views in (2, 4):
+            sizes = {}
+
+            def keep(x, sizes=sizes):
+                if not isinstance(x, torch.nn.Parameter):
+                    sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            x = torch.randn(views, 3, 224, 224).to(memory_format=torch.channels_last)
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                graph = model.embed(x)  # noqa: F841  alive, so that no storage is used again
+            kept.append(sum(sizes.values()))
+        row.append(f"{(kept[1] - kept[0]) / 2 / 1e6:.1f}")
+    return row
+
+
+def speed(rounds):
+    """Images/s of a demo's second epoch: two processes of a thread each, one of two threads, one of one thread."""
+    root = Path(__file__).resolve().parent.parent
+    flags = ["simclr.py", "--epochs", "2", "--knn-every", "0", "--out"]
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = {"two processes": [], "one process, two threads": [], "one process, one thread": []}
+    for _ in range(rounds):
+        for name, command, threads in zip(found, (many, [], []), (1, 2, 1), strict=True):
+            with tempfile.TemporaryDirectory() as out:
+                env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                command = [sys.executable, *command, *flags, out]
+                subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.DEVNULL)
+                found[name].append(float((Path(out) / "log.csv").read_text().split(",")[-1]))
+    rates = {name: statistics.median(values) for name, values in found.items()}
+    base = rates["one process, two threads"]
+    return [[name, f"{rate:,.0f}", f"{rate / base:.2f}"] for name, rate in rates.items()]
+
+
+def main():
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser.add_argument("--methods", action="store_true", help="a step of each method, two processes")
+    parser.add_argument("--counts", action="store_true", help="parameters and memory of ResNet-50")
+    parser.add_argument("--speed", action="store_true", help="images/s of the training loop")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="W (default 1 2 4 8)")
+    parser.add_argument("--n", type=int, default=512, help="images of each process (default 512)")
+    parser.add_argument("--d", type=int, default=128, help="width of z (default 128)")
+    parser.add_argument("--rounds", type=int, default=3, help="of --speed (default 3)")
+    args = parser.parse_args()
+    if args.speed:
+        print(markdown(["", "images/s", "of one on two threads"], speed(args.rounds)))
+    elif args.counts:
+        print(markdown(["M parameters", "BN layers", "MB a view", "MB a view, bf16"], [counts()]))
+    elif args.methods:
+        rows = [[m, f"{in_processes(measure_method, 2, m)[m] / 1e6:.2f}"] for m in METHODS]
+        print(markdown(["", "MB sent a step by each of 2"], rows))
+    else:
+        rows = []
+        for processes in args.processes:
+            for name, (size, peak) in sorted(
+                in_processes(measure_loss, processes, args.n, args.d).items(), reverse=True
+            ):
+                rows.append([str(processes), name, f"{size / 1e6:.2f}", f"{peak / 1e6:.1f}"])
+                print(*rows[-1], flush=True)
+        print(markdown(["W", "loss", "MB sent a step by each", "peak MB of each"], rows))
+
+
+if __name__ == "__main__":
+    main()
