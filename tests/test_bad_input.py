@@ -124,7 +124,7 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
 def test_half_a_torchrun(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE is set, but not by torchrun" in refused(capsys, *TINY, "--out", tmp_path)
-    assert "--device cuda:1: of several processes each has" in refused(capsys, *TINY, "--device", "cuda:1")
+    assert "--device cuda:1: several processes are on the CPU" in refused(capsys, *TINY, "--device", "cuda:1")
 
 
 @pytest.mark.parametrize(
