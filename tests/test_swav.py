@@ -111,35 +111,6 @@ def test_without_iterations_codes_are_softmaxes():
     assert torch.allclose(swav.sinkhorn(scores, 0.05, 0), (scores / 0.05).softmax(1).float(), atol=1e-6)
 
 
-PROCESSES = """
-import sys, torch, swav
-import torch.distributed as dist
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-scores = torch.load(f"{path}/scores.pt")
-mine = scores[:20] if rank == 0 else scores[20:]
-torch.save(swav.sinkhorn(mine, 0.05, 3, group=dist.group.WORLD), f"{path}/{rank}.pt")
-"""
-
-
-def test_codes_over_two_processes_equal_those_of_one(tmp_path):
-    import threading
-
-    scores = scores_of(37, 11).float()
-    torch.save(scores, tmp_path / "scores.pt")
-    done = {}
-    ranks = [
-        threading.Thread(target=lambda r=r: done.update({r: python("-c", PROCESSES, r, tmp_path)})) for r in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert all(run.returncode == 0 for run in done.values()), [run.stderr for run in done.values()]
-    both = torch.cat([torch.load(tmp_path / f"{r}.pt") for r in range(2)])
-    assert (both - swav.sinkhorn(scores, 0.05, 3)).abs().max() < 1e-6
-
-
 # ------------------------------------------------------------------------------------------------------ the loss
 
 
