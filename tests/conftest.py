@@ -11,15 +11,16 @@ import images
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: statistics and whole runs; skipped unless asked for by -m slow")
+    config.addinivalue_line("markers", "slowest: too long for the checks of every commit; run by -m slowest")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     torch.set_num_threads(1)  # small tensors; and no waiting where other processes use the cores
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
+    for mark in ("slow", "slowest"):
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow; run it by -m slow"))
+            if mark in item.keywords and mark not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason=f"{mark}; run it by -m {mark}"))
 
 
 @pytest.fixture

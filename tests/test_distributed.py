@@ -124,8 +124,8 @@ BASE = {case: given for case, given in CASES.items() if case in METHODS}  # each
     "processes, dtype, tolerance, cases",
     [
         (2, torch.float64, 1e-10, CASES),
-        pytest.param(4, torch.float64, 1e-10, BASE, marks=pytest.mark.slow),
-        pytest.param(2, torch.float32, 1e-5, BASE, marks=pytest.mark.slow),
+        pytest.param(4, torch.float64, 1e-10, BASE, marks=pytest.mark.slowest),
+        pytest.param(2, torch.float32, 1e-5, BASE, marks=pytest.mark.slowest),
     ],
     ids=["two", "four", "two-float32"],
 )
@@ -346,7 +346,7 @@ class Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slowest)])
 def test_a_killed_process_ends_the_job_and_the_next_one_finishes_it(victim, photos, tmp_path):
     out = tmp_path / "run"
     flags = ("--epochs", "8", "--knn-every", "0", "--save-minutes", "0.005", "--resume")
