@@ -390,7 +390,7 @@ def test_torchrun_passes_sigterm_on_and_the_job_saves(photos, tmp_path):
     assert job.text().count("stopped after") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_linear_eval_by_torchrun(photos, tmp_path):
     assert python(*tiny(photos, tmp_path, "--epochs", "3")).returncode == 0
     arguments = ("linear_eval.py", str(tmp_path), "--protocol", "paper", "--epochs", "2", "--lr", "0.3")
