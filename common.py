@@ -100,12 +100,13 @@ def exit_status() -> Iterator[None]:
         except OSError:  # it is stdout: a closed pipe; the interpreter flushes once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-    if rank and not lost and status <= 2:
+    if rank and (lost or status > 2):  # rank 0 says it
+        sys.exit(status)
+    if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)  # if rank 0 says the same, torchrun ends this process
         line = f"rank {rank}: {line}"
-    if not rank or line.startswith("rank"):
-        print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
+    print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
     sys.exit(status)
 
 
@@ -135,7 +136,7 @@ class RunConfig:
     resident_gb: float = 4.0  # hold a folder's decoded images in memory up to this size, stream above it
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # N, images in a step, of all processes together
-    micro_batch_size: int = 0  # embed each process's batch in pieces of so many, for less memory, seen by BN; 0 = off
+    micro_batch_size: int = 0  # embed a process's batch in pieces of so many, for less memory; BN sees a piece; 0 = off
     backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
     image_size: int = 224  # side of a view in pixels

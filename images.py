@@ -486,7 +486,7 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
     """`work` of every item, in threads (Pillow releases the interpreter lock); None where it raised, which is noted in
     `skipped` by its path: the item's own, or that in `paths`. Of several processes each does its block of the items,
     and all know all results."""
-    (rank, world), bad, total = share(), [], len(items)
+    (rank, world), bad, count = share(), [], len(items)
     items = items[blocks(len(items))[rank]]
 
     def one(item: Any) -> Any:
@@ -504,12 +504,11 @@ def in_threads(work: Callable, items: Sequence, workers: int, skipped: list, ver
             out.append(result)
             if len(out) % 500 == 0 and sys.stdout.isatty():
                 print(f"\r{verb} {len(out):,} of {len(items):,} images\x1b[K\r", end="", flush=True)
-    parts = [(out, bad, total)] * world
+    parts = [(out, bad, count)] * world
     if world > 1:
         dist.all_gather_object(parts, parts[0])
-    ensure(
-        {total for *_, total in parts} == {total}, "the processes see other files; give a folder that does not change"
-    )
+    alike = all(theirs == count for *_, theirs in parts)
+    ensure(alike, "the processes see other files; give a folder that does not change")
     skipped += [line for _, lines, _ in parts for line in lines]
     return [result for results, *_ in parts for result in results]
 
