@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logsumexp import LogSumExp, PositiveMean, UnitRows, check_shares, kind, resolve_backend, row_dtype, several
+from .logsumexp import Contrast, check_shares, kind, positive_mean, resolve_backend, row_dtype, several
 
 SMALLEST, LARGEST = 1e-37, 1e37  # temperature: twice it, or its reciprocal, is still a float32
 Temperature = float | Tensor  # a tensor receives a gradient
@@ -37,13 +37,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: Temperature = 0.5, *, backend: 
     """
     check_shares(group, z1, z2)
     _check_rows(same=True, z1=z1, z2=z2)
-    both = torch.cat([z1, z2])
-    call = _Call(both, len(both), temperature, backend, group)
-    z = call.unit(both)
-    if call.backend == "naive":  # for batches so small that every operation counts
-        return F.cross_entropy(call.similarities(z), torch.arange(len(z), device=z.device).roll(len(z1)))
-    positive = (z[: len(z1)] * z[len(z1) :]).sum(1) * call.scale
-    return (call.logsumexp(z) - positive.repeat(2)).mean()
+    z1, z2 = (z.to(torch.promote_types(z1.dtype, z2.dtype)) for z in (z1, z2))
+    call = _Call(z1, 2 * len(z1), 2 * len(z2), temperature, backend, group)
+    if call.backend == "naive":
+        s = call.similarities(torch.cat([z1, z2]))
+        return F.cross_entropy(s, torch.arange(len(s), device=s.device).roll(len(z1)))
+    return call.contrast(z1, z2, sides=2)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature = 0.2, *, backend: str = "auto") -> Tensor:
@@ -54,11 +53,11 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature = 0.2
     """
     _check_rows(same=True, q=q, k=k)
     _check_rows(q=q, queue=queue)
-    call = _Call(q, len(queue), temperature, backend)
-    z = call.unit(q)
-    positive = (z * call.unit(k.detach())).sum(1) * call.scale
-    lse = call.logsumexp(z, queue.detach())
-    return -F.logsigmoid(positive - lse).mean()  # logaddexp(positive, lse) - positive, without the cancellation
+    call, k, queue = _Call(q, len(q), len(queue), temperature, backend), k.detach(), queue.detach()
+    if call.backend != "naive":
+        return call.contrast(q, k, queue, sides=1)
+    positive = (call.unit(q) * call.unit(k)).sum(1) * call.scale
+    return -F.logsigmoid(positive - call.logsumexp(q, queue)).mean()  # logaddexp - positive, without the cancellation
 
 
 def sup_con(
@@ -78,10 +77,9 @@ def sup_con(
     if loss not in ("out", "in"):
         raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
     labels = labels.long().contiguous()
-    call = _Call(z, len(z), temperature, backend, group)
-    z = call.unit(z)
+    call = _Call(z, len(z), len(z), temperature, backend, group)
     lse = call.logsumexp(z)
-    positives, count = PositiveMean.apply(z, labels, call.group)
+    positives, count = positive_mean(call.unit(z), labels, call.group)
     each = lse - (positives * call.scale if loss == "out" else call.logsumexp(z, labels=labels) - count.log())
     return torch.where((count > 0) & (labels != -1), each, 0).mean()
 
@@ -98,14 +96,13 @@ def cosine_logsumexp(
     columns = queries if keys is None else keys
     check_shares(group, queries, columns)
     _check_rows(queries=queries, keys=columns)
-    call = _Call(queries, len(columns), temperature, backend, group)
-    return call.logsumexp(call.unit(queries), keys)
+    return _Call(queries, len(queries), len(columns), temperature, backend, group).logsumexp(queries, keys)
 
 
 class _Call:
     """What one call of a loss settles once: scale = 1 / temperature, group, backend, dtype of the products."""
 
-    def __init__(self, x, columns, t, backend, group=None):
+    def __init__(self, x, rows, columns, t, backend, group=None):
         if isinstance(t, Real):
             value = t
         elif _floats(t) and t.numel() == 1 and t.device in (torch.device("cpu"), x.device):
@@ -114,31 +111,37 @@ class _Call:
             raise ValueError(f"temperature must be a number, or one float on {x.device} or cpu, got {kind(t)}")
         if not SMALLEST <= value <= LARGEST:
             raise ValueError(f"temperature must be a number of at least {SMALLEST}, at most {LARGEST}, got {value}")
-        t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-        self.scale = t.reshape(()).to(torch.promote_types(torch.float32, t.dtype)).reciprocal()
+        if isinstance(t, Tensor):
+            self.scale = t.reshape(()).to(torch.promote_types(torch.float32, t.dtype)).reciprocal()
+        else:
+            self.scale = torch.tensor(1 / t, dtype=torch.float64)
         self.group = group if several(group) else None
-        self.backend = resolve_backend(backend, len(x), columns, x.device, x.dtype, self.group)
+        self.backend = resolve_backend(backend, rows, columns, x.device, x.dtype, self.group)
         self.dtype = row_dtype(x, self.backend)
 
-    def unit(self, x):
-        """Rows of length 1 in float32 or float64, rounded to what the products take."""
-        if self.backend == "naive":
-            x = x.to(self.dtype)
-            largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
-            z = x / largest
-            return z / z.norm(dim=1, keepdim=True).clamp_min(1e-12 / largest)
-        return UnitRows.apply(x, self.dtype, self.backend)
+    def contrast(self, x1, x2=None, y=None, labels=None, sides=0):
+        given = x1, x2, y, self.scale
+        if not torch.is_grad_enabled():  # so that nothing is kept for a backward pass
+            given = (x if x is None else x.detach() for x in given)
+        return Contrast.apply(*given, labels, sides, self.dtype, self.backend, self.group)
 
-    def logsumexp(self, z, keys=None, labels=None):
-        """Over keys of any length, or over the other rows of z: all, or those of the same label."""
+    def logsumexp(self, x, keys=None, labels=None):
+        """Over the keys, or over the other rows of x: all, or those of the same label."""
         if self.backend != "naive":
-            keys = self.unit(keys) if keys is not None and keys.requires_grad else keys
-            return LogSumExp.apply(z, keys, self.scale, labels, self.dtype, self.backend, self.group)
-        return self.similarities(z, keys, labels).logsumexp(dim=1)
+            return self.contrast(x, None, keys, labels)
+        return self.similarities(x, keys, labels).logsumexp(dim=1)
 
-    def similarities(self, z, keys=None, labels=None):
+    def unit(self, x):
+        """Rows of length 1, in at least float32."""
+        x = x.to(torch.promote_types(torch.float32, self.dtype))
+        largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
+        z = x / largest
+        return z / z.norm(dim=1, keepdim=True).clamp_min(1e-12 / largest)
+
+    def similarities(self, x, keys=None, labels=None):
         """The whole matrix (M, K), -inf where the sum leaves a key out."""
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
+            z = self.unit(x)
             s = z @ (z if keys is None else self.unit(keys)).T * self.scale
             if keys is None:
                 s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)

@@ -1,27 +1,39 @@
 """The primitive under every loss: the log-sum-exp of cosine similarities, and its exact gradient.
 
-    lse_i = log sum_j exp(cos(x_i, y_j) / t)
+Unit rows z_i (M, d), unit columns k_j (K, d), beta = 1/temperature, exponentials as powers of two. While beta <= 64,
+rows and columns are stored times the root of beta log2(e), so that a product is the exponent (c = 1); else as they are,
+and c = beta log2(e):
 
-`blocked` (plain PyTorch) and `fused` (Triton) hold the arithmetic, in four functions of the same names. Here are the
-autograd functions over them, the collectives for more than one process, and the choice of a backend.
+    (1)  s_ij = c z_i . k_j                          E_ij = 2^(s_ij - m_i)
+    (2)  total_i = sum_j E_ij                        lse_i = m_i log(2) + log total_i
+    (3)  dL/dz_i = beta sum_j W_ij k_j               W_ij = E_ij a_i + E_ji b_j,   a_i = (dL/dlse_i) / total_i
+    (4)  out_i = sum_j E_ij k_j / total_i            the gradient of lse_i by z_i, over beta
+    (5)  z = x / |x|                                 dx = (dz - z <z, dz>) / |x|
+
+For beta <= 64 no shift is needed (m = 0: 2^s neither overflows nor underflows), so E is symmetric when the columns are
+the rows, and one exponential serves both terms of W: W_ij = E_ij (a_i + b_j). Else m is the running maximum.
+
+`blocked` (plain PyTorch) and `fused` (Triton) hold the arithmetic, in functions of the same names. Here are the
+autograd function over them, the collectives for more than one process, and the choice of a backend.
 """
 
 import importlib.util
-import math
 import os
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import blocked
+
 if dist.is_available():
     # It keeps the process group of the moment it is imported: by torch._dynamo, at the first call of an operator below.
     # That group would outlive destroy_process_group, and may abort at exit: import this before init_process_group.
     import torch.distributed.nn
 
-UNIT = {"triton": math.log(2), "blocked": 1.0}  # the kernels count in powers of two: their m is a logarithm to base 2
+NAMESPACE = __package__.replace(".", "_")  # of the operators: two copies of the folder may be loaded
 INSTALLED = importlib.util.find_spec("triton") is not None
-NAIVE_BELOW = 512 * 512  # on a CPU the naive loss is as fast up to this many similarities
+NAIVE_BELOW = 128 * 128  # on a CPU the naive loss is as fast up to this many similarities
 
 
 def resolve_backend(backend: str, rows: int, columns: int, device, dtype, group=None) -> str:
@@ -54,72 +66,74 @@ def row_dtype(x, backend):
     return torch.promote_types(torch.float32, x.dtype)
 
 
-# Four operators that torch.compile does not look into.
-
-
-def _run(backend, name, first, *others):
+def _module(backend):
     if backend == "triton":
-        from . import fused as module
-    else:
-        from . import blocked as module
-    # on the tensors' own device, and in the precision that was chosen for the call
-    with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
-        return getattr(module, name)(first, *others)
+        from . import fused
+    return fused if backend == "triton" else blocked
 
 
-@torch.library.custom_op("contrastive::unit_rows", mutates_args=())
-def unit_rows(x: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
-    """Return z = x / |x| (M, d) in `dtype` and 1 / |x| (M,), |x| no smaller than 1e-12."""
-    return _run(backend, "unit_rows", x, dtype)
+def _operator(function):
+    """A function of the backend that is its last argument, which torch.compile does not look into.
+
+    What is decorated gives the shapes of what is returned. Eager calls spare the way through the operator.
+    """
+    name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
+
+    def run(first, *others):
+        call, device = getattr(_module(others[-1]), name), first.device.type
+        if device == "cpu" and not torch.is_autocast_enabled(device):
+            return call(first, *others[:-1])
+        # on the tensors' own device, and in the precision that was chosen for the call
+        with torch.cuda.device_of(first), torch.autocast(device, enabled=False):
+            return call(first, *others[:-1])
+
+    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(function)
+    return lambda *given: (operator if torch.compiler.is_compiling() else run)(*given)
 
 
-@torch.library.custom_op("contrastive::unit_rows_backward", mutates_args=())
-def unit_rows_backward(dz: Tensor, z: Tensor, inverse: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Return dL/dx (M, d) in `dtype` from dL/dz, z and 1 / |x|."""
-    return _run(backend, "unit_rows_backward", dz, z, inverse, dtype)
+@_operator
+def unit_rows(
+    x1: Tensor, x2: Tensor | None, x3: Tensor | None, scale: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the unit rows of all (M, d) in `dtype`, and 1 / |x| (M,), |x| no smaller than 1e-12.
+
+    Unit rows are times the root of `blocked.scaling`, and have the shape and dtype of the backend's `stored`.
+    """
+    m, d = sum(len(x) for x in (x1, x2, x3) if x is not None), x1.shape[1]
+    shape, to = _module(backend).stored(m, d, dtype)
+    return x1.new_empty(shape, dtype=to), x1.new_empty(m, dtype=torch.promote_types(torch.float32, dtype))
 
 
-@torch.library.custom_op("contrastive::forward", mutates_args=())
+@_operator
 def forward(
-    rows: Tensor, cols: Tensor | None, scale: Tensor, offset: int,
-    row_labels: Tensor | None, col_labels: Tensor | None, emit: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return m and total (M,), where lse = m + log(total), and d lse / d rows over the scale when `emit`.
+    rows: Tensor, cols: Tensor | None, pairs: Tensor, sides: int, scale: Tensor, offset: int,
+    row_labels: Tensor | None, col_labels: Tensor | None, emit: bool, room: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return l (M,), w = WEIGHT dl/dlse (M,) of pairs, m and a = w / total (M,), out (M, d) when `emit`, and E.
 
     `cols` None: the rows themselves. Row i leaves out column i + offset (none if offset < 0), and with labels every
-    column with another label. With `emit` the blocked backend takes columns of any length, and normalises its tiles.
+    column with another label. `sides`, how many of a pair's two rows are anchors: 0, l = lse and a = 1 / total; 1,
+    l = softplus(lse - s) where s is of the pair; 2, l = lse - s. With `emit` the blocked backend takes columns of any
+    length, and normalises its tiles. E: the first `room` elements of its tiles.
     """
-    return _run(backend, "forward", rows, cols, scale, offset, row_labels, col_labels, emit)
+    m, sums = len(rows), torch.promote_types(torch.float32, rows.dtype)
+    lengths = m, m if sides else 0, m, m, (m if emit else 0, rows.shape[-1]), room if backend == "blocked" else 0
+    return tuple(rows.new_empty(n, dtype=sums) for n in lengths)
 
 
-@torch.library.custom_op("contrastive::backward", mutates_args=())
+@_operator
 def backward(
     rows: Tensor, cols: Tensor | None, scale: Tensor, offset: int, row_labels: Tensor | None, col_labels: Tensor | None,
-    row_m: Tensor, row_a: Tensor, col_m: Tensor, col_a: Tensor, backend: str,
-) -> Tensor:  # fmt: skip
-    """Return sum_j (exp(s_ij - row_m_i) row_a_i + exp(s_ij - col_m_j) col_a_j) cols_j (M, d)."""
-    return _run(backend, "backward", rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a)
+    row_m: Tensor, row_a: Tensor, col_m: Tensor | None, col_a: Tensor | None, out: Tensor | None, kept: Tensor,
+    pairs: Tensor, sides: int, w: Tensor, unit: Tensor, inverse: Tensor, d: int, dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return dL/dx (M, d) in `dtype`, and <z, dL/dz> (M,).
 
-
-@unit_rows.register_fake
-def _(x, dtype, backend):
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), dtype=torch.promote_types(torch.float32, dtype))
-
-
-@unit_rows_backward.register_fake
-def _(dz, z, inverse, dtype, backend):
-    return dz.new_empty(dz.shape, dtype=dtype)
-
-
-@forward.register_fake
-def _(rows, cols, scale, offset, row_labels, col_labels, emit, backend):
-    total = rows.new_empty(len(rows), dtype=torch.promote_types(torch.float32, rows.dtype))
-    return total, torch.empty_like(total), total.new_empty((len(rows) if emit else 0, rows.shape[1]))
-
-
-@backward.register_fake
-def _(rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a, backend):
-    return rows.new_empty(rows.shape, dtype=torch.promote_types(torch.float32, rows.dtype))
+    dL/dz over beta is unit times: sum_j (2^(s_ij - row_m_i) row_a_i + 2^(s_ij - col_m_j) col_a_j) k_j, or w out where
+    `out` is given; less, where sides > 0, sides w times the other row of the pair.
+    """
+    return rows.new_empty((len(rows), d), dtype=dtype), torch.empty_like(inverse)
 
 
 def several(group):
@@ -161,114 +175,82 @@ def first_row(x, group):
     return 0 if group is None else dist.get_rank(group) * len(x)
 
 
-def refuse_twice():
-    """Raise in a backward pass that is recorded, so that no second derivative is silently left out."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("the contrastive losses cannot be differentiated twice (create_graph=True)")
-
-
-class UnitRows(torch.autograd.Function):
-    """z = x / |x| (M, d), rounded to `dtype` but held in at least float32, so that its gradient is not rounded."""
-
-    @staticmethod
-    def forward(ctx, x, dtype, backend):
-        z, inverse = unit_rows(x, dtype, backend)
-        z = z.to(inverse.dtype)
-        ctx.save_for_backward(z, inverse)
-        ctx.options = x.dtype, backend
-        return z
-
-    @staticmethod
-    def backward(ctx, dz):
-        refuse_twice()
-        return unit_rows_backward(dz.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
-
-
-class LogSumExp(torch.autograd.Function):
-    """lse (M,) of unit rows z (M, d) over columns y (K, d), unit rows if they need a gradient; y None: the other rows.
+class Contrast(torch.autograd.Function):
+    """The log-sum-exp (M,) of each row of x1 over the rows of y, or, without y, over the other rows; sides > 0: the
+    mean of a loss of pairs (x1_i, x2_i) that is made of it, as in `forward` above.
 
     With a group, the columns are those of all processes, and the gradients are those of the sum of all processes'
     outputs: what other processes' rows add to it is computed here, from their (m, a), not sent as a gradient.
     """
 
     @staticmethod
-    def forward(ctx, z, y, scale, labels, dtype, backend, group):
-        needs_z, needs_y, needs_scale = ctx.needs_input_grad[:3]
-        emit = y is not None and (needs_z or needs_scale) and not needs_y  # the columns are constants: no second pass
-        if y is not None:
-            y = y.to(dtype) if needs_y or (emit and backend == "blocked") else unit_rows(y, dtype, backend)[0]
-        rows = z.to(dtype)
-        cols = gather(rows if y is None and group is not None else y, group)  # None: the rows themselves
-        offset = -1 if y is not None else first_row(z, group)
-        shape = scale, offset, labels, gather(labels, group)
-        m, total, out = forward(rows, cols, *shape, emit, backend)
-        ctx.save_for_backward(rows, *((None, None, out) if emit else (y, cols, None)), m, total, *shape[2:], scale)
-        ctx.options = offset, emit, backend, group
-        return m * UNIT[backend] + total.log()
+    def forward(ctx, x1, x2, y, scale, labels, sides, dtype, backend, group):
+        needs_x, needs_y, needs_scale = any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]
+        emit = y is not None and (needs_x or needs_scale) and not needs_y  # the columns are constants: no second pass
+        by_tile = emit and backend == "blocked"
+        z, inverse = unit_rows(x1, x2, None if by_tile else y, scale, dtype, backend)
+        m, offset, pairs = len(x1) * max(1, sides), -1, z[: 2 * len(x1) if sides else 0]
+        if y is None:
+            cols, offset = None if group is None else z, first_row(z, group)  # None: the rows themselves
+        else:
+            cols = y.to(dtype) if by_tile else z[-len(y) :]
+        cols, every_label = gather(cols, group), gather(labels, group)
+        keep = backend == "blocked" and not emit and (needs_x or needs_scale)
+        keep = keep and (torch.compiler.is_compiling() or not blocked.scaling(scale)[2])
+        room = blocked.room(m, m if cols is None else len(cols), cols is None, dtype) if keep else 0
+        shape = scale, offset, labels, every_label
+        each, w, top, a, out, kept = forward(z[:m], cols, pairs, sides, *shape, emit, room, backend)
+        cols, out = (None, out) if emit else (cols, None)
+        ctx.save_for_backward(z, inverse, cols, w, top, a, out, kept, scale, labels, every_label)
+        ctx.options = offset, sides, x1.shape[1], x1.dtype, y is None or (len(y), y.dtype), backend, group
+        return each.mean() if sides else each
 
     @staticmethod
     def backward(ctx, g):
-        refuse_twice()
-        rows, y, cols, out, m, total, *labels, scale = ctx.saved_tensors
-        offset, emit, backend, group = ctx.options
-        # Keep W, at most 2 max|g|, in the range where float16 is precise, and a small g / total out of the subnormals;
-        # a power of two, so that nothing is rounded.
-        largest = gather(g.abs().amax().clamp(min=1e-30)[None], group).amax()
-        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 14)
-        a = torch.where(total > 0, g / unit / total, 0)  # a row without columns has no gradient
-        every = () if emit else (gather(m, group), gather(a, group))
-        absent = lambda x: (torch.full_like(x, torch.inf), torch.zeros_like(x))  # noqa: E731  (m, a) that add nothing
-        needs_z, needs_y, needs_scale = ctx.needs_input_grad[:3]
-        dz = dy = dscale = None
-        if emit:
-            dz = out * (g * scale)[:, None]
-        elif y is None:
-            dz = backward(rows, cols, scale, offset, *labels, m, a, *every, backend) * (unit * scale)
-        elif needs_z or needs_scale:
-            none = absent(cols[:, 0].to(m))
-            dz = backward(rows, cols, scale, offset, *labels, m, a, *none, backend) * (unit * scale)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else a second derivative were left out
+            raise RuntimeError("the contrastive losses cannot be differentiated twice (create_graph=True)")
+        z, inverse, cols, w, m, a, out, kept, scale, *labels = ctx.saved_tensors
+        offset, sides, d, dtype, of_y, backend, group = ctx.options
+        needs_x, needs_y, needs_scale = any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]
+        if not sides or group is not None:  # the largest is left out of a, for float16 and against subnormals
+            largest = gather(torch.linalg.vector_norm(g, torch.inf).clamp(min=1e-30)[None], group).amax()
+            a, w, g = a * (g / largest), (w if sides else blocked.WEIGHT) * (g / largest), largest
+        rows, unit = z[: len(m)], g / (blocked.WEIGHT * (len(m) if sides else 1))
+        every = (None, None) if out is not None else (gather(m, group), gather(a, group))
+        none = lambda x: (a.new_full((len(x),), torch.inf), a.new_zeros(len(x)))  # noqa: E731  adds 0
+        dx = dy = dscale = None
+        if needs_x or needs_scale:
+            others = every if of_y is True or out is not None else none(cols)
+            pairs = z[: 2 * len(m) // sides if sides else 0]
+            dx, along = backward(
+                rows, cols, scale, offset, *labels, m, a, *others, out, kept, pairs, sides, w, unit,
+                inverse[: len(m)], d, dtype, backend,
+            )  # fmt: skip
         if needs_y:
-            none = absent(y[:, 0].to(m))
-            dy = backward(y, gather(rows, group), scale, -1, None, None, *none, *every, backend) * (unit * scale)
+            n, y_dtype = of_y
+            y, inverse = z[-n:], inverse[-n:]
+            dy, _ = backward(
+                y, gather(rows, group), scale, -1, None, None, *none(y), *every, None, kept[:0], y, 0, w, unit, inverse,
+                d, y_dtype, backend,
+            )  # fmt: skip
         if needs_scale:  # in self-similarity each s_ij is seen twice, from row i and from row j
-            dscale = ((rows * dz).sum() / scale * (0.5 if y is None and not emit else 1)).to(scale)
-        return dz, dy, dscale, None, None, None, None
+            dscale = (along.sum() / scale * (0.5 if of_y is True else 1)).to(scale)
+        halves = dx.chunk(2) if sides == 2 and needs_x else (dx, None)
+        return *halves, dy, dscale, None, None, None, None, None
 
 
-class PositiveMean(torch.autograd.Function):
-    """v_i = z_i . (sum of class y_i - z_i) / |P(i)| for unit rows z (M, d) and labels y (M,); also |P(i)|.
+def positive_mean(z, labels, group):
+    """Return z_i . (sum of class y_i - z_i) / |P(i)| for unit rows z (M, d) and labels y (M,); also |P(i)|.
 
     The class sums cost M d, and are those of all processes when there is a group; the gradient is then that of the sum
-    of all processes' v. Nothing here adds in an order that changes from run to run.
+    of all processes' values. Nothing here adds in an order that changes from run to run.
     """
-
-    @staticmethod
-    def forward(ctx, z, labels, group):
-        own = slice(first_row(z, group), first_row(z, group) + len(z))
-        every, every_label = gather(z, group), gather(labels, group)
-        ordered = every_label.sort().values
-        class_id = torch.searchsorted(ordered, every_label)  # where the class starts when sorted: below M
-        count = torch.searchsorted(ordered, labels, right=True) - class_id[own] - 1  # |P(i)|
-        others = _class_sums(every, class_id)[class_id[own]] - z
-        weight = 1 / count.clamp(min=1).to(z)
-        ctx.save_for_backward(z, every, class_id, others, weight)
-        ctx.own, ctx.group = own, group
-        count = count.to(z)
-        ctx.mark_non_differentiable(count)
-        return (z * others).sum(dim=1) * weight, count
-
-    @staticmethod
-    def backward(ctx, g, _):
-        refuse_twice()
-        z, every, class_id, others, weight = ctx.saved_tensors
-        w = g * weight
-        # Row i is an anchor (others) and a positive of the other anchors of its class, with their weights.
-        weighted = _class_sums(gather(w, ctx.group)[:, None] * every, class_id)[class_id[ctx.own]]
-        return w[:, None] * (others - z) + weighted, None, None
-
-
-def _class_sums(x, class_id):
-    sums = torch.zeros_like(x, dtype=torch.float64)  # a class may be large, and its sum cancel against lse
-    if x.is_cuda:  # of the two, each is the one that is deterministic on its device
-        return sums.index_put_((class_id,), x.double(), accumulate=True).to(x)
-    return sums.index_add_(0, class_id, x.double()).to(x)
+    ordered = gather(labels, group).sort().values
+    class_id = torch.searchsorted(ordered, labels)  # where the class starts when sorted
+    count = torch.searchsorted(ordered, labels, right=True) - class_id - 1  # |P(i)|
+    sums = z.new_zeros(len(ordered), z.shape[1], dtype=torch.float64)  # a class may be large, and cancel against lse
+    # of two ways, each is the one that is deterministic on its device, in its backward pass as well
+    sums = sums.index_put((class_id,), z.double(), True) if z.is_cuda else sums.index_add(0, class_id, z.double())
+    sums = sums if group is None else dist.nn.functional.all_reduce(sums.to(z), group=group)
+    others = (sums[class_id] if z.is_cuda else sums.index_select(0, class_id)) - z
+    return (z * others.to(z)).sum(1) / count.clamp(min=1), count.to(z)

@@ -1,12 +1,13 @@
 """The fused losses on a CPU, against the losses written out in float64 as in the papers."""
 
+import concurrent.futures
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import cosine_logsumexp, info_nce, nt_xent, resolve_backend, sup_con
+from kernels import blocked, cosine_logsumexp, info_nce, nt_xent, resolve_backend, sup_con
 from tests.helpers import ROOT, python
 
 gpu = pytest.mark.gpu
@@ -295,6 +296,20 @@ def test_neither_key_nor_queue_receives_a_gradient():
     assert q.grad is not None and k.grad is None and queue.grad is None
 
 
+@pytest.mark.parametrize("backend", ["blocked", "naive"])
+def test_arguments_of_different_dtypes(backend):
+    torch.manual_seed(0)
+    a, b, queue = torch.randn(3, 20, 8).half()
+    exact = nt_xent(a.double(), b.double(), backend=backend), info_nce(a.double(), b.double(), queue.double())
+    for x, y in ((torch.float32, torch.float16), (torch.float16, torch.float64), (torch.bfloat16, torch.float32)):
+        for value, reference in (
+            (nt_xent(a.to(x), b.to(y), backend=backend), exact[0]),
+            (nt_xent(a.to(y), b.to(x), backend=backend), exact[0]),
+            (info_nce(a.to(x).requires_grad_(), b.to(y), queue.to(y), backend=backend), exact[1]),
+        ):
+            torch.testing.assert_close(value.double(), reference, rtol=1e-2 if x == torch.bfloat16 else 1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_inputs(name, dtype):
@@ -338,21 +353,22 @@ def test_compiles_without_a_graph_break(name):
 
 @pytest.mark.slow
 def test_operators_pass_opcheck():
-    operators = torch.ops.contrastive
+    operators = torch.ops.kernels
     z, k, scale = F.normalize(torch.randn(6, 4)), F.normalize(torch.randn(9, 4)), torch.tensor(5.0)
-    labels = torch.tensor([0, 0, 1, 1, 2, 0])
-    m, total, _ = operators.forward(z, None, scale, 0, None, None, False, "blocked")
+    labels, one, unit = torch.tensor([0, 0, 1, 1, 2, 0]), torch.ones(6), torch.tensor(0.5)
+    _, _, m, a, out, kept = operators.forward(z, None, z, 0, scale, 0, None, None, False, 36, "blocked")
+    none, ones = torch.full((9,), torch.inf), torch.ones(9)
+    end = (z, 2, one, unit, one, 4, torch.float32, "blocked")
     cases = [
-        (operators.unit_rows, (z, torch.float32, "blocked")),
-        (operators.unit_rows_backward, (z, z, total, torch.float32, "blocked")),
-        (operators.forward, (z, None, scale, 0, None, None, False, "blocked")),
-        (operators.forward, (z, None, scale, 0, labels, labels, False, "blocked")),
-        (operators.forward, (z, k, scale, -1, None, None, True, "blocked")),
-        (operators.backward, (z, None, scale, 0, None, None, m, total, m, total, "blocked")),
-        (
-            operators.backward,
-            (z, k, scale * 99, -1, None, None, m + 500, total, torch.full((9,), torch.inf), torch.zeros(9), "blocked"),
-        ),
+        (operators.unit_rows, (z, None, None, scale, torch.float32, "blocked")),
+        (operators.unit_rows, (z, z, k, scale, torch.float64, "blocked")),
+        (operators.unit_rows, (torch.randn(4, 6).T, None, None, scale, torch.float32, "blocked")),
+        (operators.forward, (z, None, z, 2, scale, 0, None, None, False, 36, "blocked")),
+        (operators.forward, (z, None, z, 0, scale, 0, labels, labels, False, 0, "blocked")),
+        (operators.forward, (z, k, torch.cat([z, z]), 1, scale, -1, None, None, True, 0, "blocked")),
+        (operators.backward, (z, None, scale, 0, None, None, m, a, m, a, None, kept, *end)),
+        (operators.backward, (z, k, scale * 99, -1, None, None, m + 800, a, none, ones, None, kept[:0], *end)),
+        (operators.backward, (z, None, scale, -1, None, None, m, a, None, None, z, kept[:0], *end)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)
@@ -427,7 +443,8 @@ def test_bad_input_is_named():
 
 
 def test_auto_takes_the_naive_loss_for_small_batches_on_a_cpu():
-    assert resolve_backend("auto", 256, 256, "cpu", torch.float32) == "naive"
+    assert resolve_backend("auto", 128, 128, "cpu", torch.float32) == "naive"
+    assert resolve_backend("auto", 256, 256, "cpu", torch.float32) == "blocked"
     assert resolve_backend("auto", 8192, 8192, "cpu", torch.float32) == "blocked"
     assert resolve_backend("auto", 8192, 8192, "cuda", torch.float64) == "blocked"
 
@@ -452,6 +469,59 @@ def test_memory_grows_linearly():
         "nt_xent(*z.chunk(2), backend='blocked').backward(); print(peak() - before)"
     )
     assert int(python("-c", code).stdout) < 100 * 1024  # KB; the matrix alone would take 1024 MB
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "info_nce"])  # whose columns are constants
+def test_kept_tiles_change_nothing(name, monkeypatch):
+    """All of E, some tiles of it, or none; a second backward pass finds them as they were."""
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(700, 16), torch.randn(700, 16), torch.randint(0, 30, (1400,))
+    ours, _ = losses("blocked", labels)[name]
+    found = []
+    for kept in (32 * 2**20, 3 * 2**20, 0):
+        monkeypatch.setattr(blocked, "KEEP", kept)
+        a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+        value = ours(a, b, 0.2).sum()
+        for _ in range(2):
+            gradient = torch.autograd.grad(value, a, retain_graph=True)[0]
+            found.append((value.detach(), gradient))
+    assert all(torch.equal(x, y) for one in found[1:] for x, y in zip(one, found[0], strict=True))
+
+
+def saved_bytes(function):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel() * x.itemsize) or x, lambda x: x):
+        function()
+    return max(sizes, default=0)
+
+
+def test_what_is_kept_stays_in_its_budget(monkeypatch):
+    z = torch.randn(1500, 8, requires_grad=True)
+    call = lambda z: nt_xent(*z.chunk(2), backend="blocked")  # noqa: E731
+    e = 1500 * 1501 // 2 * 4
+    assert e < saved_bytes(lambda: call(z)) < 1.4 * e
+    with torch.no_grad():
+        assert saved_bytes(lambda: call(z)) == 0
+    assert saved_bytes(lambda: call(z.detach())) == 0
+    assert saved_bytes(lambda: nt_xent(*z.chunk(2), 0.005, backend="blocked")) <= z.numel() * 4  # E is of no use
+    monkeypatch.setattr(blocked, "KEEP", 3 * 2**20)
+    assert 2**20 < saved_bytes(lambda: call(z)) <= 3 * 2**20
+    monkeypatch.setattr(blocked, "KEEP", 0)
+    assert saved_bytes(lambda: call(z)) <= z.numel() * 4
+
+
+def test_threads_and_inference_mode_do_not_disturb_each_other():
+    """A tile's memory is used again by the next call of a thread."""
+    z1, z2 = torch.randn(2, 900, 32)
+    with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        value = nt_xent(z1, z2, backend="blocked")
+        pool.submit(nt_xent, z1, z2, backend="blocked").result()
+    run = lambda _: gradients(lambda a, b: nt_xent(a, b, backend="blocked"), z1, z2, dtype=torch.float32)  # noqa: E731
+    first = run(0)
+    assert torch.equal(first[0], value)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for again in pool.map(run, range(16)):
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 @gpu

@@ -21,10 +21,13 @@ from tests.test_kernels import (
     error,
     gradients,
     losses,
+    naive_nt_xent,
     naive_sup_con,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
+from kernels import fused  # noqa: E402  triton is here
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
 
@@ -152,7 +155,8 @@ def test_bfloat16_rows_are_kept_in_float16():
 
 
 @interpreted
-def test_tiny_upstream_gradients_survive_float16():
+def test_tiny_upstream_gradients_survive_float16(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # one float16 a number
     torch.manual_seed(0)
     z = torch.randn(50, 32).half()
     one, tiny = (
@@ -171,15 +175,130 @@ def test_repeats_to_the_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+class Launches(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of what would be launched on a GPU: Triton kernels, and operators that neither view nor allocate."""
+
+    HOST = (
+        "promote_types",
+        "slice",
+        "view",
+        "split",
+        "detach",
+        "empty",
+        "new_empty",
+        "empty_like",
+        "expand",
+        "unsqueeze",
+        "lift_fresh",
+    )
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        for name in [name for name in vars(fused) if name.endswith("_kernel")]:
+            monkeypatch.setattr(fused, name, Counted(name, getattr(fused, name), self.names))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.").split(".")[0]
+        of_number = name == "_local_scalar_dense" and args[0].dtype == torch.float64  # the temperature, on the host
+        if not of_number and name not in self.HOST and not name.startswith("prim"):
+            self.names.append(name)
+        return function(*args, **kwargs or {})
+
+
+class Counted:
+    def __init__(self, name, kernel, names):
+        self.name, self.kernel, self.names = name, kernel, names
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.names.append(self.name)
+            with torch.utils._python_dispatch._disable_current_modes():
+                return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@interpreted
+@pytest.mark.parametrize("name, backward", [("nt_xent", 3), ("info_nce", 2)])
+def test_a_call_is_four_launches_forward_and_three_backward(name, backward, monkeypatch):
+    z1, z2 = torch.randn(2, 20, 16)
+    ours, one = losses("triton", None)[name][0], torch.tensor(1.0)
+    z1.requires_grad_()
+    with Launches(monkeypatch) as counted:
+        value = ours(z1, z2.requires_grad_(name == "nt_xent"), 0.3)
+        forward = list(counted.names)
+        torch.autograd.grad(value, [z for z in (z1, z2) if z.requires_grad], one)
+    assert forward == ["unit_rows_kernel", "walk_kernel", "finish_kernel", "mean"]
+    assert counted.names[4:] == ["div", "walk_kernel", "input_gradient_kernel"][:: 1 if backward == 3 else 2]
+
+
+@interpreted
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "small"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_of_other_cards(name, target, monkeypatch):
+    """sm_80 and small load by pointers, not by descriptors; small takes 300 columns in chunks."""
+    monkeypatch.setattr(fused, "target_of", lambda device: target)
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(9, 300), torch.randn(9, 300), torch.randint(0, 5, (18,))
+    ours, naive = losses("triton", labels)[name]
+    assert_close(lambda a, b: ours(a, b, 0.2), lambda a, b: naive(a, b, 0.2), [z1, z2], torch.float32)
+
+
+@interpreted
+def test_float32_in_two_float16_parts_errs_as_float32_does():
+    squares = torch.zeros(2)
+    for seed in range(4):
+        z1, z2 = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(seed))
+        exact = gradients(lambda a, b: nt_xent(a, b, 0.1, backend="naive"), z1, z2)
+        for index, backend in enumerate(("triton", "naive")):
+            found = gradients(lambda a, b, k=backend: nt_xent(a, b, 0.1, backend=k), z1, z2, dtype=torch.float32)
+            squares[index] += sum(error(a, b) ** 2 for a, b in zip(found[1:], exact[1:], strict=True))
+    assert squares[0].sqrt() <= 1.4 * squares[1].sqrt(), squares
+
+
+@interpreted
+@pytest.mark.parametrize("t", [1e-6, 3.0, 1e4, 1e30])
+def test_temperatures_of_any_size_in_float32(t):
+    z1, z2 = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    assert_close(lambda a, b: nt_xent(a, b, t, backend="triton"), lambda a, b: naive_nt_xent(a, b, t), [z1, z2],
+                 temperature=t)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("loss", ["out", "in"])
+@pytest.mark.parametrize("dtype, length", [(torch.float16, 1.0), (torch.bfloat16, 1e5)])
+def test_sup_con_in_half_precision(dtype, length, loss):
+    torch.manual_seed(0)
+    z, labels = (torch.randn(40, 16) * length).to(dtype).float(), torch.randint(0, 5, (40,))
+    z[3] = 0
+    ours = sup_con(z.to(dtype).requires_grad_(), labels, 0.2, loss=loss, backend="triton")
+    exact = naive_sup_con(z.double(), labels, 0.2, loss)
+    assert ours.dtype == torch.float32 and error(ours, exact) < 1e-3 * exact
+
+
+@interpreted
+def test_float32_at_high_precision_is_one_float16(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    z1, z2 = torch.randn(2, 30, 24)
+    exact = gradients(lambda a, b: nt_xent(a, b, backend="naive"), z1, z2)
+    ours = gradients(lambda a, b: nt_xent(a, b, backend="triton"), z1, z2, dtype=torch.float32)
+    assert fused.stored(60, 24, torch.float32) == ((60, 32), torch.float16)
+    for a, b in zip(ours, exact, strict=True):
+        assert 1e-6 * b.norm() < error(a, b) < 2 * torch.finfo(torch.float16).eps * b.norm()
+
+
 @interpreted
 def test_operators_pass_opcheck_and_compile():
-    operators, z, scale = torch.ops.contrastive, torch.randn(6, 4), torch.tensor(5.0)
-    m, total, _ = operators.forward(z, None, scale, 0, None, None, False, "triton")
+    operators, z, scale = torch.ops.kernels, torch.randn(6, 4), torch.tensor(5.0)
+    rows, inverse = operators.unit_rows(z[:3], z[3:], None, scale, torch.float32, "triton")
+    _, w, m, a, _, none = operators.forward(rows, None, rows, 2, scale, 0, None, None, False, 0, "triton")
+    end = (none, rows, 2, w, scale, inverse, 4, torch.float32, "triton")
     cases = [
-        (operators.unit_rows, (z, torch.float32, "triton")),
-        (operators.unit_rows_backward, (z, z, total, torch.float32, "triton")),
-        (operators.forward, (z, z, scale, -1, None, None, True, "triton")),
-        (operators.backward, (z, None, scale, 0, None, None, m, 1 / total, m, 1 / total, "triton")),
+        (operators.unit_rows, (z[:3], z[3:], z[:2], scale, torch.float32, "triton")),
+        (operators.forward, (rows[:3], rows, rows, 1, scale, -1, None, None, True, 0, "triton")),
+        (operators.backward, (rows, None, scale, 0, None, None, m, a, m, a, None, *end)),
+        (operators.backward, (rows, None, scale, -1, None, None, m, a, None, None, rows[None], *end)),
     ]
     for operator, arguments in cases:
         torch.library.opcheck(operator.default, arguments)
