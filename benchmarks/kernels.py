@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -43,48 +42,57 @@ SHARED = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228, "gfx942": 64}
 # each, and 128 lanes for everything else.
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # at 16 bits
 RATES = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
-DTYPES = {
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "tf32x3": torch.float32,
-}  # fp16: for float16 and bfloat16 inputs
+DTYPES = "fp16", "fp16x2"  # how rows are stored: the latter for float32 at full precision
 
 
 def variants(width, dtype, target):
     """Yield (name, kernel, constants, warps, stages) for every launch that the width can lead to."""
-    precision = "ieee" if dtype == "fp16" or target == "gfx942" else dtype
-    named = target if target in ("sm_80", "sm_90", "sm_100") else "small"
-    bm, bn, bd, warps, stages = fused.configuration(width, DTYPES[dtype], precision, named)
-    tile = dict(BM=bm, BN=bn, BD=bd, CHUNKS=-(-width // bd), ACC=tl.float32, PRECISION=precision)
-    for labels in (False, True):
-        name = ", labels" if labels else ""
-        for shift in (False, True):
-            flags = dict(LABELS=labels, SHIFT=shift)
-            if shift:
-                name += ", shift"
-            yield "forward" + name, fused.forward_kernel, tile | flags | dict(EMIT=False), warps, stages
-            yield "backward" + name, fused.backward_kernel, tile | flags, warps, stages
-    yield "forward, emit", fused.forward_kernel, tile | dict(LABELS=False, SHIFT=True, EMIT=True), warps, stages
-    row = triton.next_power_of_2(width)
-    yield "unit_rows", fused.unit_rows_kernel, dict(BD=row, ACC=tl.float32), 4, 3
-    yield "unit_rows_backward", fused.unit_rows_backward_kernel, dict(BD=row), 4, 3
+    parts, named = 2 if dtype == "fp16x2" else 1, target if target in ("sm_80", "sm_90", "sm_100") else "small"
+    for direction in ("forward", "backward", "emit"):
+        total, product = direction != "backward", direction != "forward"
+        bm, bn, bd, warps, stages = fused.configuration(total, product, width, parts, named)
+        tile = dict(BM=bm, BN=bn, BD=bd, CHUNKS=-(-width // bd), PARTS=parts)
+        tile |= dict(POINTER=False, TOTAL=total, PRODUCT=product, ACC=tl.float32)
+        for labels in (False, True):
+            for shift in (False, True):
+                name = direction + ", labels" * labels + ", shift" * shift
+                if direction != "emit" or (shift and not labels):
+                    tma, specialize = fused.features(bd, parts, shift, named)
+                    flags = dict(LABELS=labels, SHIFT=shift, TMA=tma, SPECIALIZE=specialize)
+                    yield name, fused.walk_kernel, tile | flags, warps, stages
+                    if shift and not labels:  # a temperature on the GPU
+                        yield name + ", pointer", fused.walk_kernel, tile | flags | dict(POINTER=True), warps, stages
+    row, flags = dict(BD=triton.next_power_of_2(width), ACC=tl.float32), dict(POINTER=False, EMIT=False)
+    rows = row | dict(WIDTH=width, PARTS=parts)
+    yield "unit_rows", fused.unit_rows_kernel, rows, 4, 3
+    yield "finish", fused.finish_kernel, rows | flags | dict(SIDES=2), 4, 3
+    yield "finish, emit", fused.finish_kernel, rows | flags | dict(SIDES=1, EMIT=True), 4, 3
+    yield "input_gradient", fused.input_gradient_kernel, rows | flags | dict(SIDES=2), 4, 3
 
 
 def compile_one(task):
     target, width, dtype, name = task
     _, kernel, constants, warps, stages = next(v for v in variants(width, dtype, target) if v[0] == name)
-    element = "*fp16" if dtype == "fp16" else "*fp32"
-    integers = dict.fromkeys(("M", "K", "d", "offset", "columns_per_split", "stride_m", "stride_d"), "i32")
-    types = integers | {"C": element, "X": element, "DX": element, "RowLabel": "*i64", "ColLabel": "*i64"}
-    types["Z"] = "*fp32" if name == "unit_rows_backward" else element
+    kinds = {"root": "fp32", "C": "fp32"}  # of the parameters that are no pointers to float32
+    kinds |= dict.fromkeys(("M", "K", "n", "n2", "d", "offset", "columns_per_split", "splits"), "i32")
+    kinds |= {p: "i32" for p in kernel.arg_names if re.fullmatch("(row|col)[123]", p)}
+    kinds |= dict.fromkeys(("Z", "Y", "Pairs"), "*fp16")
+    kinds |= dict.fromkeys(("X1", "X2", "X3", "DX"), "*fp16" if dtype == "fp16" else "*fp32")
+    kinds |= dict.fromkeys(("RowLabel", "ColLabel"), "*i64")
+    if constants.get("TMA"):
+        kinds |= {p: f"tensordesc<fp16[{constants[b]}, {constants['BD']}]>" for p, b in (("Z", "BM"), ("Y", "BN"))}
     if not constants.get("LABELS"):
         constants = constants | {p: None for p in ("RowLabel", "ColLabel") if p in kernel.arg_names}
-    signature = {p: "constexpr" if p in constants else types.get(p, "*fp32") for p in kernel.arg_names}
-    anything = ("M", "K", "offset", "stride_m", "stride_d") + ("d",) * name.startswith("unit_rows")  # else padded to 16
+    if constants.get("TOTAL"):
+        constants = constants | dict.fromkeys(("RowM", "RowA", "ColM", "ColA"))
+    if constants.get("POINTER"):
+        kinds["C"] = "*fp32"
+    signature = {p: "constexpr" if p in constants else kinds.get(p, "*fp32") for p in kernel.arg_names}
+    whole = ("d",) * name.startswith(("forward", "backward", "emit")) + ("columns_per_split",)  # 16 divides these
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, p in enumerate(kernel.arg_names)
-        if p not in constants and p not in anything
+        if signature[p].startswith("*") or p in whole
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
@@ -92,12 +100,12 @@ def compile_one(task):
     elements = constants.get("BM", 0) * constants.get("BN", 0)
     row["tile"] = f"{constants['BM']}x{constants['BN']}" if elements else "row"
     (read_amd if target == "gfx942" else read_sass)(compiled, row, elements, constants)
-    needed = dtype == "fp16" and bool(elements)
     row["bad"] = bool(
         row["shared"] > 1024 * (SHARED[target] - (target != "gfx942"))
         or row["spill"]
         or row["atomics"]
-        or (needed and TENSOR[target] not in row["tensor"].split())
+        or (bool(elements) and TENSOR[target] not in row["tensor"].split())
+        or (bool(constants.get("TMA")) and "UTMALDG" not in row["tensor"].split())
     )
     return row
 
@@ -112,16 +120,16 @@ def read_sass(compiled, row, elements, constants):
     row["registers"], row["spill"] = int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
     row["spill"] += len(re.findall(r"\b(?:STL|LDL)\b", code))
     row["atomics"] = len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG)\.", code))
-    row["tensor"] = " ".join(sorted(set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", code))))
+    row["tensor"] = " ".join(sorted(set(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|UTMALDG)\b", code))))
     by_registers = 65536 // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
     by_shared = SHARED[row["target"]] * 1024 // (row["shared"] + 1024)
     row["ctas"] = min(by_registers, by_shared, 64 // row["warps"])
     if not elements:
         return
     chunks = constants["CHUNKS"]
-    loop = inner_loop(code, chunks, elements * constants["BD"] * (3 if row["dtype"] == "tf32x3" else 1) / row["warps"])
+    loop = inner_loop(code, chunks, elements * constants["BD"] * (3 if row["dtype"] == "fp16x2" else 1) / row["warps"])
     # A program makes one of the `chunks` of the output (forward without emit: the sums, and all of s, once).
-    programs = chunks if constants.get("EMIT", True) else 1
+    programs = chunks if constants["PRODUCT"] else 1
     each = 32 * row["warps"] * programs / elements  # per similarity, in all programs that see it
     row["exp"] = sum(times for line, times in loop if "MUFU.EX2" in line) * each
     done = sum(times * multiply_adds(line) for line, times in loop) / 32  # of a thread
@@ -138,22 +146,53 @@ def multiply_adds(line):
 
 
 def inner_loop(code, chunks, chunk_multiply_adds):
-    """Return (instruction, times executed) of the loop that holds most exponentials: from a label to the last jump
-    back to it. A loop within it is the one over the chunks of a row, which may be unrolled: then it holds several
-    times the multiply-adds that a chunk takes."""
+    """Return (instruction, times executed) of the shortest way to an exponential and on, in the loop with most of them.
+
+    The loop: from a label to the last jump back to it. The shortest way leaves out the masks of edge tiles, which a
+    branch skips. A loop within is the one over the chunks of a row, which may be unrolled: then it holds several times
+    the multiply-adds that a chunk takes.
+    """
     lines, labels, loops = [], {}, []
     for line in code.splitlines():
         if match := re.match(r"\s*(\.L_x_\d+):", line):
             labels[match[1]] = len(lines)
         elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line):
             lines.append(line)
-            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            if jump and jump[1] in labels:
-                loops.append(range(labels[jump[1]], len(lines)))
+            if (jump := jump_of(line)) in labels:
+                loops.append(range(labels[jump], len(lines)))
     best = max(loops, key=lambda loop: sum("EX2" in lines[n] for n in loop), default=range(0))
     within = {n for loop in loops if best.start < loop.start and loop.stop < best.stop for n in loop}
     unrolled = max(1, round(sum(multiply_adds(lines[n]) for n in within) / chunk_multiply_adds))
-    return [(lines[n], chunks / unrolled if n in within else 1) for n in best]
+    ways = {n: [] for n in best}
+    for n in best:
+        jump, predicated = labels.get(jump_of(lines[n])), re.search(r"@!?U?P", lines[n])
+        ways[n] += [jump] * (jump in best) + [n + 1] * ((jump is None or bool(predicated)) and n + 1 in best)
+    back = {n: [] for n in best}
+    for n in best:
+        for way in ways[n]:
+            back[way].append(n)
+    to, fro = (shortest(edges, n) if best else {} for edges, n in ((ways, best.start), (back, best.stop - 1)))
+    through = [n for n in best if "EX2" in lines[n] and n in to and n in fro]
+    middle = min(through, key=lambda n: len(to[n]) + len(fro[n]), default=None)
+    path = best if middle is None else to[middle] + fro[middle][-2::-1]
+    return [(lines[n], chunks / unrolled if n in within else 1) for n in path]
+
+
+def shortest(edges, start):
+    """Return the shortest path from start to each node that can be reached."""
+    paths, front = {start: [start]}, [start]
+    while front:
+        n = front.pop(0)
+        for way in edges[n]:
+            if way not in paths:
+                paths[way] = [*paths[n], way]
+                front.append(way)
+    return paths
+
+
+def jump_of(line):
+    match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+    return match and match[1]
 
 
 def read_amd(compiled, row, elements, constants):
@@ -183,19 +222,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--d", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512])
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     tasks = [
         (target, d, dtype, name)
         for target in args.target
         for dtype in args.dtype
-        if not (target == "gfx942" and dtype == "tf32x3")  # there 32-bit floats have matrix instructions of their own
         for d in args.d
         for name, *_ in variants(d, dtype, target)
     ]
     columns = "target d dtype kernel tile warps registers spill shared ctas tensor products exp other atomics".split()  # noqa: SIM905
-    widths = [7, 4, 7, 24, 8, 6, 10, 6, 7, 5, 11, 9, 6, 7, 8]
+    widths = [7, 4, 7, 24, 8, 6, 10, 6, 7, 5, 16, 9, 6, 7, 8]
     print("".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)), "floor (derived)")
     failures = 0
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
