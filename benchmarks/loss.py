@@ -3,15 +3,18 @@
     python benchmarks/loss.py                         2N = 512 ... 8192 and MoCo's 256 x 65,536, d = 128
     python benchmarks/loss.py --large                 2N = 2048 ... 65,536, ours only: the memory table
     python benchmarks/loss.py --device cuda --dtype float16
+    python benchmarks/loss.py --before ../other       beside the kernels/ of another checkout, in the same run
 
 Forward and backward, median of interleaved runs in random order; memory is the peak beyond the inputs, each measured
 in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operations, or 2 x 2 N K d) over the time,
-against this machine's own large matrix product, timed in between. The formulas of other libraries are written here from
-their papers and documents, under their names. Prints a table and writes a CSV (--csv).
+against this machine's own large matrix product, timed in between. lightly is the installed one where it is installed;
+else, and of the other libraries, the formula, written here from their papers and documents. Prints a table and writes a
+CSV (--csv).
 """
 
 import argparse
 import csv
+import importlib.util
 import multiprocessing
 import random
 import statistics
@@ -75,10 +78,29 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
+def other_kernels(folder):
+    """The package kernels/ of another checkout, under another name."""
+    place = Path(folder) / "kernels"
+    spec = importlib.util.spec_from_file_location(
+        "before", place / "__init__.py", submodule_search_locations=[str(place)]
+    )
+    sys.modules["before"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 NT_XENT = {
     "ours": nt_xent, "naive": naive, "compile(naive)": compiled(naive), "lightly": lightly, "SupContrast": supcontrast,
     "solo-learn": solo_learn,
 }  # fmt: skip
+try:
+    from lightly import __version__ as version
+    from lightly.loss import NTXentLoss
+
+    NT_XENT[f"lightly {version}"] = NTXentLoss(temperature=0.5)
+    del NT_XENT["lightly"]
+except ImportError:
+    pass
 MOCO = {
     "ours": lambda q, k, queue: info_nce(q, k, queue), "naive": naive_moco, "compile(naive)": compiled(naive_moco)
 }  # fmt: skip
@@ -147,6 +169,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="2N")
     parser.add_argument("--queue", type=int, nargs="*", default=[65536], help="MoCo's K at N = 256")
     parser.add_argument("--large", action="store_true", help="ours alone, at 2N up to 65,536")
+    parser.add_argument("--before", help="folder of another checkout, whose kernels/ is measured as well")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--csv", default="loss.csv")
     args = parser.parse_args()
@@ -154,11 +177,14 @@ def main():
     sizes, queue = ([2048 * 2**i for i in range(6)], []) if args.large else (args.sizes, args.queue)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.dtype}, d = {args.d}")
     print(f"{'problem':8} {'size':>6} {'loss':15} {'ms':>9} {'x ours':>7} {'extra MB':>9} {'efficiency':>10}")
+    before = args.before and other_kernels(args.before)
     rows, big = [], [torch.randn(4096, 4096, device=args.device, dtype=dtype) for _ in range(3)]
     for problem, size in [("nt_xent", m) for m in sizes] + [("info_nce", k) for k in queue]:
         functions = dict(NT_XENT if problem == "nt_xent" else MOCO)
         if args.large:
             functions = {"ours": functions["ours"]}
+        if before:
+            functions["before"] = before.nt_xent if problem == "nt_xent" else lambda q, k, y: before.info_nce(q, k, y)
         arguments = inputs(problem, size, args.d, args.device, dtype)
         product = lambda: (torch.mm(big[0], big[1], out=big[2]), big[2][0, 0].item())  # noqa: E731
         work = {name: (lambda f=f, a=arguments: step(f, a)) for name, f in functions.items()} | {"product": product}
@@ -173,7 +199,7 @@ def main():
         operations = 4 * args.d * (size * size if problem == "nt_xent" else 256 * size)
         for name, took in median.items():
             shape = problem, name, size, args.d, args.device, dtype
-            memory = None if args.no_memory else in_process(*shape)
+            memory = None if args.no_memory or name == "before" else in_process(*shape)
             rows.append([problem, size, name, took * 1e3, took / median["ours"], memory, operations / took / rate])
             shown = "-" if memory is None else f"{memory / 1e6:.1f}"
             print(f"{problem:8} {size:6} {name:15} {took * 1e3:9.2f} {took / median['ours']:7.2f} {shown:>9} "
