@@ -202,7 +202,8 @@ class Contrast(torch.autograd.Function):
         each, w, top, a, out, kept = forward(z[:m], cols, pairs, sides, *shape, emit, room, backend)
         cols, out = (None, out) if emit else (cols, None)
         ctx.save_for_backward(z, inverse, cols, w, top, a, out, kept, scale, labels, every_label)
-        ctx.options = offset, sides, x1.shape[1], x1.dtype, y is None or (len(y), y.dtype), backend, group
+        of_y = (0, None) if y is None else (len(y), y.dtype)
+        ctx.options = offset, sides, x1.shape[1], x1.dtype, *of_y, backend, group
         return each.mean() if sides else each
 
     @staticmethod
@@ -210,7 +211,7 @@ class Contrast(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # else a second derivative were left out
             raise RuntimeError("the contrastive losses cannot be differentiated twice (create_graph=True)")
         z, inverse, cols, w, m, a, out, kept, scale, *labels = ctx.saved_tensors
-        offset, sides, d, dtype, of_y, backend, group = ctx.options
+        offset, sides, d, dtype, n_y, y_dtype, backend, group = ctx.options
         needs_x, needs_y, needs_scale = any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]
         if not sides or group is not None:  # the largest is left out of a, for float16 and against subnormals
             largest = gather(torch.linalg.vector_norm(g, torch.inf).clamp(min=1e-30)[None], group).amax()
@@ -220,21 +221,20 @@ class Contrast(torch.autograd.Function):
         none = lambda x: (a.new_full((len(x),), torch.inf), a.new_zeros(len(x)))  # noqa: E731  adds 0
         dx = dy = dscale = None
         if needs_x or needs_scale:
-            others = every if of_y is True or out is not None else none(cols)
+            others = none(cols) if n_y and out is None else every
             pairs = z[: 2 * len(m) // sides if sides else 0]
             dx, along = backward(
                 rows, cols, scale, offset, *labels, m, a, *others, out, kept, pairs, sides, w, unit,
                 inverse[: len(m)], d, dtype, backend,
             )  # fmt: skip
         if needs_y:
-            n, y_dtype = of_y
-            y, inverse = z[-n:], inverse[-n:]
+            y, inverse = z[-n_y:], inverse[-n_y:]
             dy, _ = backward(
                 y, gather(rows, group), scale, -1, None, None, *none(y), *every, None, kept[:0], y, 0, w, unit, inverse,
                 d, y_dtype, backend,
             )  # fmt: skip
         if needs_scale:  # in self-similarity each s_ij is seen twice, from row i and from row j
-            dscale = (along.sum() / scale * (0.5 if of_y is True else 1)).to(scale)
+            dscale = (along.sum() / scale * (1 if n_y else 0.5)).to(scale)
         halves = dx.chunk(2) if sides == 2 and needs_x else (dx, None)
         return *halves, dy, dscale, None, None, None, None, None
 

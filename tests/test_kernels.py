@@ -565,6 +565,35 @@ def test_triton_memory_and_streams_on_a_gpu():
     torch.testing.assert_close(compiled(a, b), nt_xent(a, b, 0.1))
 
 
+@gpu
+@needs_gpu
+def test_a_temperature_on_the_gpu():
+    z1, z2, t = torch.randn(300, 64), torch.randn(300, 64), torch.tensor(0.2)
+    exact = gradients(naive_nt_xent, z1, z2, t)
+    found = gradients(
+        lambda *given: nt_xent(*given, backend="triton"), z1.cuda(), z2.cuda(), t.cuda(), dtype=torch.float32
+    )
+    for a, b in zip(found, exact, strict=True):
+        assert error(a.cpu(), b) <= 1e-5 * b.norm()
+
+
+@gpu
+@needs_gpu
+def test_triton_in_a_cuda_graph():
+    z1, z2 = (torch.randn(256, 64, device="cuda", requires_grad=True) for _ in range(2))
+    step = lambda: (value := nt_xent(z1, z2, 0.1), *torch.autograd.grad(value, (z1, z2)))  # noqa: E731
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        z1.copy_(torch.randn_like(z1))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
+
+
 @pytest.mark.parametrize("backend", ["naive", "blocked"])
 def test_transposed_rows_compile(backend):
     """The operators must promise the strides that they return."""

@@ -26,7 +26,7 @@ from tests.test_kernels import (
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
-from kernels import fused  # noqa: E402  triton is here
+from kernels import blocked, fused  # noqa: E402  triton is here
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
@@ -263,6 +263,17 @@ def test_temperatures_of_any_size_in_float32(t):
     z1, z2 = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
     assert_close(lambda a, b: nt_xent(a, b, t, backend="triton"), lambda a, b: naive_nt_xent(a, b, t), [z1, z2],
                  temperature=t)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", NAMES)
+def test_a_temperature_on_the_gpu(name, monkeypatch):
+    """It is not read back, so the kernels take it by a pointer, and shift."""
+    monkeypatch.setattr(blocked, "scaling", lambda scale: (1.0, scale.float() * blocked.LOG2E, True))
+    torch.manual_seed(0)
+    z1, z2, labels = torch.randn(20, 24), torch.randn(20, 24), torch.randint(0, 9, (40,))
+    ours, naive = losses("triton", labels)[name]
+    assert_close(ours, naive, [z1, z2, torch.tensor(0.3)], temperature=0.3)
 
 
 @interpreted
