@@ -4,10 +4,10 @@
     python benchmarks/kernels.py --target sm_90 --d 128
 
 Prints, for each kernel: registers, spills, shared memory, CTAs per SM, tensor-core instructions, and what the inner
-loop executes per similarity (matrix products, exponentials, other instructions, the masked branch of edge tiles
-included). From these and the card's published rates it derives what fraction of the card's floor the loop can reach;
-that column is derived, not measured. Exits 1 on a spill, on local memory, on an atomic, on more shared memory than the
-card has, or where 16-bit inputs do not reach the tensor cores.
+loop executes per similarity (matrix products, exponentials, other instructions) in a tile that no edge masks. From
+these and the card's published rates it derives what fraction of the card's floor the loop can reach; that column is
+derived, not measured. Exits 1 on a spill, on local memory, on an atomic, on more shared memory than the card has, or
+where the products do not reach the tensor cores, or the loads the descriptors that are meant.
 """
 
 import argparse

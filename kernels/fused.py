@@ -229,7 +229,7 @@ def configuration(total, product, d, parts, target):
     if parts == 2:
         if d > most and target in ("sm_80", "small"):
             return 64, 32, 64, 4, 2
-        return 64, 64, min(bd, 128), 8 if blackwell and d > 128 else 4, 1 if blackwell else 2
+        return 64, 64, min(bd, 128), *((4, 2) if not blackwell else (4, 1) if d <= 128 else (8, 2))
     bd = min(bd, {"small": 128, "sm_100": 256}.get(target, 512))
     if bd <= 128 and blackwell:
         return 64, 64, bd, 8 if total and product else 4, 2
