@@ -302,6 +302,9 @@ def test_arguments_of_different_dtypes(backend):
     a, b, queue = torch.randn(3, 20, 8).half()
     exact = nt_xent(a.double(), b.double(), backend=backend), info_nce(a.double(), b.double(), queue.double())
     for x, y in ((torch.float32, torch.float16), (torch.float16, torch.float64), (torch.bfloat16, torch.float32)):
+        assert nt_xent(a.to(x), b.to(y), backend=backend).dtype == (
+            torch.float64 if torch.float64 in (x, y) else torch.float32
+        )
         for value, reference in (
             (nt_xent(a.to(x), b.to(y), backend=backend), exact[0]),
             (nt_xent(a.to(y), b.to(x), backend=backend), exact[0]),
@@ -516,9 +519,15 @@ def test_what_is_kept_stays_in_its_budget(monkeypatch):
 def test_threads_and_inference_mode_do_not_disturb_each_other():
     """A tile's memory is used again by the next call of a thread."""
     z1, z2 = torch.randn(2, 900, 32)
-    with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        value = nt_xent(z1, z2, backend="blocked")
-        pool.submit(nt_xent, z1, z2, backend="blocked").result()
+
+    def then_without():
+        with torch.inference_mode():
+            value = nt_xent(z1, z2, backend="blocked")
+        return value, nt_xent(z1, z2, backend="blocked")
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a thread without memory of earlier calls
+        value, again = pool.submit(then_without).result()
+    assert torch.equal(value, again)
     run = lambda _: gradients(lambda a, b: nt_xent(a, b, backend="blocked"), z1, z2, dtype=torch.float32)  # noqa: E731
     first = run(0)
     assert torch.equal(first[0], value)
