@@ -253,7 +253,7 @@ def _scaling(scale, dtype):
 
 def _walk(rows, cols, c, offset, row_labels, col_labels, *of_rows_and_columns, shift, total, product):
     """Launch the kernel; return the splits' maxima, totals and sums (splits, M, d)."""
-    (m, *parts, d), parts, cols = rows.shape, rows.ndim - 1, rows if cols is None else cols
+    (m, *_, d), parts, cols = rows.shape, rows.ndim - 1, rows if cols is None else cols
     acc, target = torch.promote_types(rows.dtype, torch.float32), target_of(rows.device)
     bm, bn, bd, warps, stages = configuration(total, product, d, parts, target)
     blocks, tiles = triton.cdiv(m, bm), triton.cdiv(len(cols), bn)

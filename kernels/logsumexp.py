@@ -1,8 +1,8 @@
 """The primitive under every loss: the log-sum-exp of cosine similarities, and its exact gradient.
 
-Unit rows z_i (M, d), unit columns k_j (K, d), beta = 1/temperature, exponentials as powers of two. While beta <= 64,
-rows and columns are stored times the root of beta log2(e), so that a product is the exponent (c = 1); else as they are,
-and c = beta log2(e):
+Unit rows z_i (M, d), unit columns k_j (K, d), beta = 1/temperature, exponentials as powers of two. For beta from 0.17
+to 64, rows and columns are stored times the root of beta log2(e), so that a product is the exponent (c = 1); else as
+they are, and c = beta log2(e):
 
     (1)  s_ij = c z_i . k_j                          E_ij = 2^(s_ij - m_i)
     (2)  total_i = sum_j E_ij                        lse_i = m_i log(2) + log total_i
@@ -10,8 +10,9 @@ and c = beta log2(e):
     (4)  out_i = sum_j E_ij k_j / total_i            the gradient of lse_i by z_i, over beta
     (5)  z = x / |x|                                 dx = (dz - z <z, dz>) / |x|
 
-For beta <= 64 no shift is needed (m = 0: 2^s neither overflows nor underflows), so E is symmetric when the columns are
-the rows, and one exponential serves both terms of W: W_ij = E_ij (a_i + b_j). Else m is the running maximum.
+In the former case no shift is needed (m = 0: 2^s neither overflows nor underflows), so E is symmetric when the columns
+are the rows, and one exponential serves both terms of W: W_ij = E_ij (a_i + b_j). In the latter m is the running
+maximum.
 
 `blocked` (plain PyTorch) and `fused` (Triton) hold the arithmetic, in functions of the same names. Here are the
 autograd function over them, the collectives for more than one process, and the choice of a backend.
@@ -113,9 +114,9 @@ def forward(
     """Return l (M,), w = WEIGHT dl/dlse (M,) of pairs, m and a = w / total (M,), out (M, d) when `emit`, and E.
 
     `cols` None: the rows themselves. Row i leaves out column i + offset (none if offset < 0), and with labels every
-    column with another label. `sides`, how many of a pair's two rows are anchors: 0, l = lse and a = 1 / total; 1,
-    l = softplus(lse - s) where s is of the pair; 2, l = lse - s. With `emit` the blocked backend takes columns of any
-    length, and normalises its tiles. E: the first `room` elements of its tiles.
+    column with another label. `sides`, how many of a pair's two rows are anchors: 0, l = lse, and w, not returned, is
+    WEIGHT; 1, l = softplus(lse - s) where s is of the pair; 2, l = lse - s. With `emit` the blocked backend takes
+    columns of any length, and normalises its tiles. E: the first `room` elements of its tiles.
     """
     m, sums = len(rows), torch.promote_types(torch.float32, rows.dtype)
     lengths = m, m if sides else 0, m, m, (m if emit else 0, rows.shape[-1]), room if backend == "blocked" else 0
