@@ -131,7 +131,7 @@ class BYOL(nn.Module):
         self.backbone = common.build_backbone(config)
         self.projector = mlp(self.backbone.feature_dim, hidden, self.dim)
         self.predictor = mlp(self.dim, hidden, self.dim) if config.predictor else nn.Identity()
-        # starts at random weights of its own (the authors' code), where --momentum 1 leaves it
+        # starts at random weights of its own (the authors' code; by --init at the same), where --momentum 1 leaves it
         self.target = nn.Sequential(common.build_backbone(config), mlp(self.backbone.feature_dim, hidden, self.dim))
         self.target.requires_grad_(False)
         if config.momentum == 0:
@@ -181,7 +181,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
-    target = {0: "the online network itself", 1: "random, fixed"}
+    target = {0: "the online network itself", 1: f"fixed, its backbone's weights {config.init}"}
     run.header(
         optimizer=f"{config.optimizer}, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256)",
         loss=f"byol_loss, mean over N = {n} images" + "; the sum of both directions, 0 to 8" * config.symmetric,

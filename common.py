@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import importlib
 import inspect
 import io
@@ -28,14 +29,15 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -113,9 +115,11 @@ def exit_status() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------- flags
 
 SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
-MAY_BE_0 = r"seed|weight_decay|.*_(epochs?|every|minutes|iterations|strength|gb)|(micro_batch|queue)_size|hidden_dim"
+MAY_BE_0 = (
+    r"seed|weight_decay|epochs|.*_(epochs?|every|minutes|iterations|strength|gb)|(micro_batch|queue)_size|hidden_dim"
+)
 MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size|bn_splits"  # on --resume, which says so
-NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|.*_every|save_minutes"  # to weights
+NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|tensorboard|.*_every|save_minutes"
 
 
 @dataclass(kw_only=True)
@@ -132,13 +136,14 @@ class RunConfig:
     given: ClassVar[set[str]] = set()
 
     data: str = "imagenet"  # shapes (made on the spot), cifar10, cifar100, stl10 (downloaded), or a folder of images
-    data_dir: str = "data"  # where downloads are kept
+    data_dir: str = "data"  # where downloaded data sets are kept
     resident_gb: float = 4.0  # hold a folder's decoded images in memory up to this size, stream above it
-    epochs: int = 100  # passes over the training images
+    epochs: int = 100  # passes over the training images; 0 = none: what a run writes, of the weights it starts from
     batch_size: int = 256  # N, images in a step, of all processes together
     micro_batch_size: int = 0  # embed a process's batch in pieces of so many, for less memory; BN sees a piece; 0 = off
     backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
+    init: str = "random"  # random, imagenet (torchvision's weights), or a file: a torchvision state_dict, a backbone.pt
     image_size: int = 224  # side of a view in pixels
     lr: float = 0.1  # the highest learning rate; a cosine leads to 0
     weight_decay: float = 0.0  # weight decay, in the gradient (L2)
@@ -150,6 +155,7 @@ class RunConfig:
     compile: bool = False  # torch.compile the network (slow start, faster steps)
     knn_every: int = 1  # epochs between kNN checks on the held-out images; 0 = never, nor at the end
     save_minutes: float = 10.0  # minutes between checkpoints within an epoch; 0 = only at its end
+    tensorboard: bool = False  # write the log's columns, views and neighbours for TensorBoard too
     out: str = "runs/run"  # folder of the run's files
     resume: bool = False  # continue the run in --out at the step it had reached; flags left out keep its values
 
@@ -292,12 +298,12 @@ def pick_device(name: str) -> torch.device:
         name += f":{os.environ.get('LOCAL_RANK', '0')}" * (name == "cuda")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the current one
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except Exception:  # of many kinds for what is not there
         raise InputError(f"--device {name}: not to be had here; give cpu or auto") from None
     if several() and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         try:
             store, rank, world = next(dist.rendezvous("env://"))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -430,25 +436,60 @@ def resnet8() -> nn.Module:
 
 
 def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Module:
-    """The network f: images (N, 3, H, W) -> features h (N, `feature_dim`). The last BN of a block starts at 0 if
-    `zero_init_residual`.
+    """The network f: images (N, 3, H, W) -> features h (N, `feature_dim`), started as `--init` says. The last BN of a
+    block starts at 0 if `zero_init_residual`.
 
     A torchvision ResNet without its `fc`, so that its state_dict loads back into the torchvision model; with the
-    "cifar" stem `conv1` is 3x3 and there is no max-pool. Raises `InputError` for an unknown name.
+    "cifar" stem `conv1` is 3x3 and there is no max-pool. Raises `InputError` for an unknown name, and for weights that
+    cannot be had or do not fit.
     """
     name = config.backbone
     if name == "resnet8":
-        return resnet8()
-    known = [n for n in torchvision.models.list_models(module=torchvision.models) if "resne" in n]
-    ensure(name in known, f"--backbone {name}: choose one of resnet8, {', '.join(known)}")
-    network = torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
-    if config.stem == "cifar":
-        network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
-    network.feature_dim = network.fc.in_features
-    network.fc = nn.Identity()
+        network = resnet8()
+    else:
+        known = [n for n in torchvision.models.list_models(module=torchvision.models) if "resne" in n]
+        ensure(name in known, f"--backbone {name}: choose one of resnet8, {', '.join(known)}")
+        network = torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
+        if config.stem == "cifar":
+            network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+            network.maxpool = nn.Identity()
+        network.feature_dim = network.fc.in_features
+        network.fc = nn.Identity()
+    if config.init != "random" and not (config.resume and (Path(config.out) / "checkpoint.pt").exists()):
+        given, own = weights_of(config.init, name), network.state_dict()
+        # old files lack BN's counts
+        counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+        given = counts | {key: value for key, value in given.items() if not key.startswith("fc.")}
+        for key in [*own, *given]:
+            shapes = [str(tuple(state[key].shape)) if key in state else "absent" for state in (given, own)]
+            words = f"{key} is {shapes[0]} there, and {shapes[1]} in {name} with --stem {config.stem}"
+            ensure(shapes[0] == shapes[1], f"--init {config.init}: {words}; give weights of this network")
+        network.load_state_dict(given)
     return network
+
+
+def weights_of(init: str, backbone: str) -> dict[str, Tensor]:
+    """The state_dict that `--init` names: torchvision's best for this backbone, downloaded, or that of a file."""
+    if init == "imagenet":
+        ensure(backbone != "resnet8", "--init imagenet: there is none for resnet8; give a --backbone of torchvision")
+        try:
+            best = torchvision.models.get_model_weights(backbone).DEFAULT
+            return best.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        except Exception as error:  # URLError, OSError, RuntimeError, ...
+            words = f"the download failed ({images.reason(error)}); check the network, or give a file of weights"
+            raise InputError(f"--init imagenet: {words}") from None
+    try:
+        state = torch.load(init, map_location="cpu", weights_only=True)
+        bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    except FileNotFoundError:
+        raise InputError(f"--init {init}: no such file; give random, imagenet, or a file of weights") from None
+    except Exception as error:  # of many kinds for what is no state_dict
+        if isinstance(error, (PermissionError, MemoryError)):
+            raise
+        raise InputError(f"--init {init}: no whole state_dict; give torchvision's, or a run's backbone.pt") from None
+    ensure(not bad, f"--init {init}: {bad[:1]} is not finite; give other weights")
+    return state
 
 
 @contextmanager
@@ -476,7 +517,7 @@ def in_pieces(network: nn.Module, pieces: int, *views: Tensor, again: bool = Tru
     def contexts() -> tuple[Any, Any]:
         return nullcontext(), still_statistics(network)  # the second time is for the graph alone
 
-    call = partial(checkpoint, network, use_reentrant=False, context_fn=contexts) if again else network
+    call = functools.partial(checkpoint, network, use_reentrant=False, context_fn=contexts) if again else network
     out = [call(*piece) for piece in zip(*(x.tensor_split(pieces) for x in views), strict=True)]
     return torch.cat(out) if isinstance(out[0], Tensor) else tuple(torch.cat(rows) for rows in zip(*out, strict=True))
 
@@ -615,9 +656,10 @@ def embed(
     """
     (rank, world), index = share(), torch.arange(len(split)) if index is None else index
     own = config.micro_batch_size or max(1, config.batch_size // world)
-    piece = min(512, 2 * own)  # no more memory than a training step
-    rows = (torch.arange(-(-len(index) // world)) * world + rank) % len(index)  # as many for each process
-    batches = rows.split(piece)
+    piece = min(512, max(16, 2 * own))  # no more memory than a training step
+    rows = torch.arange(max(8, -(-len(index) // world)))  # as many for each process, and some: few pictures take
+    rows = (rows * world + rank) % len(index)  # other convolutions and products, whose rounding differs
+    batches = rows.tensor_split(-(-len(rows) // piece))
     was = isinstance(network, nn.Module) and network.training
     if was:
         network.eval()
@@ -684,6 +726,33 @@ def pixels(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def draw_neighbours(network: Callable, data: Data, config: RunConfig, rows: int = 8, nearest: int = 6) -> Image.Image:
+    """A row for each of eight held-out pictures, or of the training set if none are, spread evenly over the set: the
+    picture and its six nearest training pictures by the cosine of h. Below each is its class, green where it is that of
+    the first."""
+    asked, side, rng = data.test or data.train, 128, torch.Generator().manual_seed(0)
+    bank = torch.randperm(len(data.train), generator=rng)[:BANK].sort().values
+    index = torch.linspace(0, len(asked) - 1, min(rows, len(asked))).long()
+    h, keys = embed(network, asked, config, index), embed(network, data.train, config, bank)
+    cosine = (F.normalize(h, dim=1) @ F.normalize(keys, dim=1).T).cpu()
+    itself = index[:, None] == bank if asked is data.train else torch.zeros_like(cosine, dtype=torch.bool)
+    near = bank[cosine.masked_fill_(itself, -2).topk(min(nearest, len(bank) - int(itself.any()))).indices]  # (rows, 6)
+    sheet = Image.new("RGB", (side + 24 + (side + 8) * near.shape[1], (side + 24) * len(index)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    columns = [(asked, index), *((data.train, column) for column in near.T)]
+    for i, (split, column) in enumerate(columns):
+        x = i * (side + 8) + 16 * (i > 0)
+        for row, picture in enumerate(images.thumbnails(split, column, config.image_size, side)):
+            y, label, truth = row * (side + 24), split.labels[column[row]], asked.labels[index[row]]
+            sheet.paste(picture, (x, y))
+            if data.classes and label >= 0:
+                name = data.classes[label].encode(errors="replace").decode()[:18]
+                ink = "black" if i == 0 or truth < 0 else "green" if label == truth else "red"
+                pen.text((x, y + side + 2), name, ink, font)
+    return sheet
+
+
+@torch.no_grad()
 def health(z: Tensor) -> tuple[float, float, float]:
     """Three figures of an output z (N, d), from its l2-normalised rows:
 
@@ -693,7 +762,7 @@ def health(z: Tensor) -> tuple[float, float, float]:
     """
     if not torch.isfinite(z).all():
         return math.nan, math.nan, math.nan
-    z, n = F.normalize(z.double().cpu(), dim=1), len(z)  # squared, a float32 would lose the small singular values
+    z, n = F.normalize(z.cpu().double(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
     share = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
     cos2 = (squares.square().sum() - n) / max(1, n * (n - 1)) if z.any() else 1.0  # n of the sum is from i = j
@@ -717,6 +786,8 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     """
     device, out = pick_device(config.device), Path(config.out)
     share_out(config)
+    apart = Path(config.init).resolve() != (out / "backbone.pt").resolve()
+    ensure(apart, f"--init {config.init}: this run would overwrite it; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out).close()  # the run takes it again
@@ -724,8 +795,10 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
     if data is None:
         data = load_data(config, device)
-    elif not isinstance(data, Data):
-        data = images.from_tensors(*(data if isinstance(data, tuple) else (data, None)), device)
+    else:
+        if not isinstance(data, Data):
+            data = images.from_tensors(*(data if isinstance(data, tuple) else (data, None)), device)
+        config.data = data.name
     save_whole("".join(f"{path}: {why}\n" for path, why in data.skipped), out / "skipped.txt")
     fit_to(config, len(data.train))
     share_out(config)
@@ -753,24 +826,31 @@ def share_out(config: RunConfig) -> None:
 def fit_to(config: RunConfig, n: int) -> None:
     """Fit what was not given by hand to `n` training images, and say so in a line.
 
-    A batch that makes fewer than 4 steps an epoch becomes the power of two that makes at least 16, but no lower than
-    16, or all of less than 32 images (BN needs some); a learning rate that is not scaled with N follows it; a warm-up
-    and the like as long as the run become a tenth of it.
+    The batch becomes that of `fitted_batch`; a learning rate that is not scaled with N follows it; a warm-up and the
+    like as long as the run become a tenth of it.
     """
     ensure(n >= 2, f"--data {config.data}: only {n} image to train on; give 2 or more")
     fits = config.batch_size <= n or "batch_size" not in config.given
     ensure(fits, f"--batch-size {config.batch_size}: only {n} training images; give {n} or less")
-    lower, fitted = n if n < 32 else 2 ** int(math.log2(max(n / 16, 16))), {}
-    if n < 4 * config.batch_size and lower < config.batch_size and "batch_size" not in config.given:
+    lower, fitted = fitted_batch(n, config.batch_size), {}
+    if lower < config.batch_size and "batch_size" not in config.given:
         fitted["batch_size"] = lower
         if config.lr_of_preset_batch:
             fitted["lr"] = config.lr * lower / config.batch_size
-    long = [name for name in flags(type(config)) if name.endswith("_epochs") and getattr(config, name) >= config.epochs]
+    spans = [name for name in flags(type(config)) if name.endswith("_epochs")]
+    long = [name for name in spans if 0 < config.epochs <= getattr(config, name)]
     fit(config, f"{n:,} images and {config.epochs} epochs", fitted | dict.fromkeys(long, config.epochs / 10))
     steps = n // config.batch_size
-    if steps * config.epochs < 300:
+    if 0 < steps * config.epochs < 300:
         enough = f"--epochs {-(-1000 // steps)} makes 1,000"
         print(f"note: {steps * config.epochs} steps in all are too few to learn much; {enough}")
+
+
+def fitted_batch(n: int, batch: int) -> int:
+    """The batch for n images: one that makes fewer than 4 steps an epoch becomes the power of two that makes at least
+    16, but no lower than 16, or all of less than 32 images (BN needs some)."""
+    lower = n if n < 32 else 2 ** int(math.log2(max(n / 16, 16)))
+    return min(batch, lower) if n < 4 * batch else batch
 
 
 def fit(config: RunConfig, what: str, fitted: dict[str, float]) -> None:
@@ -805,14 +885,15 @@ def lock(folder: Path) -> Any:
 
 
 def save_whole(state: Any, path: Path, before: Path | None = None) -> None:
-    """Write with torch.save (text as it is) so that `path` is always a whole file: aside, flushed, renamed. `before`
-    is where the one that it replaces is kept. Of several processes rank 0 writes."""
+    """Write with torch.save, text and bytes as they are, so that `path` is always whole: aside, flushed, renamed.
+    `before` is where the one that it replaces is kept. Of several processes rank 0 writes."""
     if share()[0]:
         return
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         whole = io.BytesIO()  # into a file, torch.save would hide why it cannot write
-        whole.write(state.encode(errors="surrogateescape")) if isinstance(state, str) else torch.save(state, whole)
+        state = state.encode(errors="surrogateescape") if isinstance(state, str) else state
+        whole.write(state) if isinstance(state, bytes) else torch.save(state, whole)
         with open(part, "wb") as file:
             file.write(whole.getbuffer())
             file.flush()
@@ -849,7 +930,7 @@ def load_checkpoint(path: Path, method: str | None = None) -> dict[str, Any]:
 
 
 def load_run(folder: str | Path) -> tuple[RunConfig, nn.Module]:
-    """The config and the trained model of a run's folder. Raises `InputError` for anything that is not one."""
+    """The config and the trained model, in eval mode, of a run's folder. Raises `InputError` for anything else."""
     path = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(path)
     name = state["method"]
@@ -859,13 +940,13 @@ def load_run(folder: str | Path) -> tuple[RunConfig, nn.Module]:
     try:
         config = method.Config(**state["config"])
         kind, weights = state["parts"]["model"]
-        model = getattr(method, kind)(config)
+        model = getattr(method, kind)(dataclasses.replace(config, init="random"))
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} is not a whole checkpoint of {name}; train again") from None
     for part, value in weights.items():
         ensure(torch.isfinite(value).all(), f"{path}: {part} is not finite; train again, with a lower --lr")
-    return config, model
+    return config, model.eval()
 
 
 class Run:
@@ -891,6 +972,12 @@ class Run:
         self.signal, self.saving, self.warned, self.live = 0, False, False, sys.stdout.isatty()
         self.seen = {"data (training images)": len(data.train), "data (classes)": data.classes}
         there = [path for path in (self.checkpoint, self.before) if path.exists()]
+        self.board = None
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard: it is not installed; pip install tensorboard") from None
         draw_apart()
         if config.resume and there:
             self.load()
@@ -905,7 +992,9 @@ class Run:
         ensure(
             (steps == self.step).all(), f"--out {self.out}: all processes must see the same; give a folder they share"
         )
-        if self.step < self.total:
+        if config.tensorboard and not self.rank:  # what an earlier run here wrote from this epoch on is hidden
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=len(self.progress["rows"]) + 1)
+        if self.step < self.total or not self.step:
             saved = {"method": config.method(), "preset": config.recipe, "given": sorted(config.given)}
             saved |= dataclasses.asdict(config) | {"resume": False}
             save_whole(json.dumps(saved, indent=1) + "\n", self.out / "config.json")
@@ -925,6 +1014,7 @@ class Run:
         cuda = self.device.type == "cuda"
         on = torch.cuda.get_device_name(self.device) if cuda else f"{self.device}, {torch.get_num_threads()} threads"
         own = c.batch_size // self.world
+        start = f" from the weights of {c.init}" * (c.init != "random")
         pieces = f" in pieces of {c.micro_batch_size}" * (0 < c.micro_batch_size < own)
         on = f"{self.world} processes, {own} images of a batch each; {on}" if self.world > 1 else on
         words = [f"--preset {c.recipe}"]
@@ -935,7 +1025,7 @@ class Run:
             c.method(): " ".join(words),
             "data": self.data.describe(),
             "steps": f"{self.steps:,} of batch {c.batch_size}{pieces} an epoch, {self.total:,} in all",
-            "network": f"{c.backbone}, {backbone:.2f} M parameters, h {self.model.backbone.feature_dim}-d; "
+            "network": f"{c.backbone}{start}, {backbone:.2f} M parameters, h {self.model.backbone.feature_dim}-d; "
             f"heads {heads:.2f} M, output {self.dim}-d; {c.image_size}x{c.image_size} views",
             "device": f"{on}; mixed precision {c.amp}; torch.compile {'on' if c.compile else 'off'}",
             **lines,
@@ -1052,10 +1142,16 @@ class Run:
         due = c.knn_every and (epoch % c.knn_every == 0 or epoch == c.epochs)
         accuracy = knn_of(self.model.backbone, self.data, c) if due else None
         (std, rank, cos2), lr = health(self.z), self.parts["optimizer"].param_groups[0]["lr"]
-        self.progress["rows"].append([epoch, self.loss, lr, std, rank, accuracy, self.speed])
+        row = [epoch, self.loss, lr, std, rank, accuracy, self.speed]
+        self.progress["rows"].append(row)
         self.progress.update(loss_sum=0.0, seconds=0.0)
         self.save()
         self.write_log()
+        if self.board:
+            for name, value in zip(self.COLUMNS[1:], row[1:], strict=True):
+                if value is not None:
+                    self.board.add_scalar(name, value, epoch)
+            self.board.flush()
         knn = "" if accuracy is None else f"kNN {accuracy:.3f} (guess {self.data.guess:.3f})"
         print("\r\x1b[K" * self.live + self.line(knn, std, rank), flush=True)
         settled = self.step >= self.SETTLED and len(self.z) >= 8  # two images, after a BN, are always opposite
@@ -1070,19 +1166,30 @@ class Run:
         """Draw the curves, print kNN beside its controls and the next command (with the flags `evaluate`); return the
         last figures."""
         self.curves()
-        metrics = dict(zip(self.COLUMNS, self.progress["rows"][-1], strict=True))
+        if not self.progress["rows"]:  # --epochs 0
+            if not self.step:
+                self.save()
+            accuracy = knn_of(self.model.backbone, self.data, self.config) if self.config.knn_every else None
+            metrics = dict.fromkeys(self.COLUMNS) | {"epoch": 0, "knn_top1": accuracy}
+        else:
+            metrics = dict(zip(self.COLUMNS, self.progress["rows"][-1], strict=True))
+        self.neighbours()
         if metrics["knn_top1"] is not None:
             self.model.eval()
             torch.manual_seed(self.config.seed)
-            untrained = type(self.model)(self.config).to(self.device).backbone
-            networks = {"g(h)": self.model.embed, "untrained h": untrained, "raw pixels": pixels}
+            networks = {"g(h)": self.model.embed, "raw pixels": pixels}
+            with suppress(InputError):  # the file of --init has gone
+                before = "untrained h" if self.config.init == "random" else "h of --init"
+                untrained = type(self.model)(dataclasses.replace(self.config, resume=False)).to(self.device)
+                networks = {"g(h)": self.model.embed, before: untrained.backbone, "raw pixels": pixels}
             metrics |= {f"knn {name}": knn_of(network, self.data, self.config) for name, network in networks.items()}
             beside = ", ".join(f"{metrics[f'knn {name}']:.3f} of {name}" for name in networks)
             k, asked = knn_k(self.data.train.labels[self.data.train.labels >= 0]), f"{len(self.data.test):,} held-out"
             beside += f", {self.data.guess:.3f} of a guess"
             print(f"kNN top-1 {metrics['knn_top1']:.3f} of h on {asked} images (k = {k}); {beside}")
-        evaluate += "" if self.data.labelled else " --data LABELLED_IMAGES"
-        print(f"{self.out}: backbone.pt, log.csv and pictures; next: python linear_eval.py {self.out}{evaluate}")
+        evaluate = evaluate if self.data.labelled else " --embed out.npz --map map.png"
+        evaluate += " --data PICTURES" * (self.data.name == "a tensor")
+        print(f"{self.out}: backbone.pt, neighbours.png, ...; next: python linear_eval.py {self.out}{evaluate}")
         return metrics
 
     def save(self) -> None:
@@ -1103,7 +1210,8 @@ class Run:
     def load(self) -> None:
         """Go on from checkpoint.pt. Raises `InputError` where a flag or the data would make another run of it."""
         state = load_checkpoint(self.checkpoint, self.config.method())
-        was, now = state["config"] | state.get("seen", {}), dataclasses.asdict(self.config) | self.seen
+        newer = {field.name: field.default for field in dataclasses.fields(self.config)}  # flags since that run
+        was, now = newer | state["config"] | state.get("seen", {}), dataclasses.asdict(self.config) | self.seen
         for name in now:
             if was.get(name) != now[name] and not re.fullmatch(NO_MATTER, name):
                 change = f"--resume: {dashed(name)} was {was.get(name)!s:.200}, now it is {now[name]!s:.200}"
@@ -1137,7 +1245,19 @@ class Run:
             v = v[:count].float().cpu() * images.STD + images.MEAN
             rows.append(F.pad(v, (0, side - v.shape[-1]) * 2, value=1.0))
         grid = F.interpolate(torch.cat(rows), scale_factor=max(1, 96 // side), mode="nearest")
-        torchvision.utils.save_image(grid, self.out / "views.png", nrow=len(rows[0]), pad_value=1)
+        grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1)
+        torchvision.utils.save_image(grid, self.out / "views.png")
+        if self.board:
+            self.board.add_image("views", grid.clamp(0, 1), 1)
+
+    def neighbours(self) -> None:
+        """neighbours.png: see `draw_neighbours`."""
+        sheet = draw_neighbours(self.model.backbone, self.data, self.config)
+        if not self.rank:
+            sheet.save(self.out / "neighbours.png")
+        if self.board:
+            self.board.add_image("neighbours", np.asarray(sheet), len(self.progress["rows"]), dataformats="HWC")
+            self.board.close()
 
     def curves(self) -> None:
         """curves.png: loss, kNN, feature std against 1/sqrt(d), and effective rank, by epoch; needs matplotlib."""

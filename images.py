@@ -70,7 +70,7 @@ class Images:
     ):
         self.images, self.paths, self.sizes, self.labels, self.device = images, paths, sizes, labels, device
         self.rows = torch.arange(len(labels)) if rows is None else rows
-        self.told: set[str] = set()  # the damaged files that a line has named
+        self.bad: set[int] = set()  # the images whose files were found damaged while streaming, each told once
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,9 +106,14 @@ class Images:
             arriving = iter(loader)
             for batch in pieces:
                 views, bad = zip(*(next(arriving) for _ in batch), strict=True)
-                for line in {line for piece in bad for lines in piece for line in lines.splitlines()} - self.told:
-                    self.told.add(line)
-                    print(f"\nwarning: {line}; another image stands in", file=sys.stderr)
+                for line in {line for piece in bad for lines in piece for line in lines.splitlines()}:
+                    index, why = line.split(" ", 1)
+                    if int(index) not in self.bad:
+                        self.bad.add(int(index))
+                        print(
+                            f"\nwarning: skipped {self.paths[int(index)]}: {why}; another image stands in",
+                            file=sys.stderr,
+                        )
                 there = [[part.to(self.device, non_blocking=True) for part in piece] for piece in views]
                 yield [torch.cat(view).float().div_(255) for view in zip(*there, strict=True)]
         except InputError as error:  # a worker's, with its traceback in the text
@@ -124,7 +129,7 @@ def start_worker(worker: int) -> None:
 
 class Streamed(torch.utils.data.Dataset):
     """Image index -> its crops, uint8 (3, size, size) of the full-resolution picture, from a worker process, and the
-    damaged files met, a line each. For one of these another image stands in, of its label if there is one."""
+    damaged ones met, a line each. For one of these another image stands in, of its label if there is one."""
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, crops: Crops, seed: int):
         self.paths, self.labels, self.crops, self.seed = paths, labels, crops, seed
@@ -136,7 +141,7 @@ class Streamed(torch.utils.data.Dataset):
                 image = torch.from_numpy(decode(self.paths[index])[0]).permute(2, 0, 1)
                 break
             except Exception as error:
-                bad[index] = f"skipped {self.paths[index]}: {reason(error)}"
+                bad[index] = f"{index} {reason(error)}"
                 alike = self.labels == self.labels[index]
                 alike[list(bad)] = False
                 if not alike.any():  # the last of its class
@@ -151,6 +156,14 @@ class Streamed(torch.utils.data.Dataset):
             box = [round(v) for v in crop_boxes(sizes, size, scale, generator)[0].tolist()]
             views.append(TF.resized_crop(image, *box, [size, size], antialias=True))
         return views, "\n".join(bad.values())
+
+
+def thumbnails(split: Images, index: Tensor, size: int, side: int) -> list[Image.Image]:
+    """The central views, of `size` pixels, of the images `index` (B,), as pictures of `side` pixels."""
+    (x,) = next(split.views([index], [(size, None)]))
+    pixels = x.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    how = Image.Resampling.NEAREST if size < side else Image.Resampling.BOX
+    return [Image.fromarray(picture).resize((side, side), how) for picture in pixels]
 
 
 @dataclass

@@ -206,7 +206,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
             scaler.update()
             run.log(loss, z, x1, x2)
         run.end_epoch()
-    if baseline:
+    if baseline and run.total:
         common.warn_of_guess(run.progress["rows"][-1][1], len(data.classes))
     return run.finish("" if config.recipe == "demo" else " --protocol paper")  # the published 100 epochs
 

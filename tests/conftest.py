@@ -25,9 +25,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def few_shapes(request, monkeypatch):
-    """`shapes` of 200 images, or the module's FEW_SHAPES, and no curves: a run then takes about a second."""
+    """`shapes` of 200 images, or the module's FEW_SHAPES, and no pictures: a run then takes about a second."""
     make, part = images.make_shapes, 10_000 // getattr(request.module, "FEW_SHAPES", 200)
     monkeypatch.setattr(common.Run, "curves", lambda self: None)
+    monkeypatch.setattr(common.Run, "neighbours", lambda self: None)
     monkeypatch.setattr(images, "make_shapes", lambda n, seed, size: make(n // part, seed, size))
 
 

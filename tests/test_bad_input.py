@@ -61,7 +61,7 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
         ("--zzz", "unknown --zzz; see --help"),
         ("--compile on", "unknown on; see --help"),
         ("--epochs", "argument --epochs: expected one argument"),
-        ("--epochs 0", "--epochs 0: must be a whole number above 0"),
+        ("--epochs -1", "--epochs -1: must be a whole number at least 0"),
         ("--epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
         ("--temperature 0", "--temperature 0.0: must be a number above 0"),
@@ -93,7 +93,7 @@ def photos(root, n=40, size=(40, 32), classes=("a", "b")):
         ("--seed -1", "--seed -1: must be a whole number at least 0"),
         ("--seed 18446744073709551616", "--seed 18446744073709551616: must be a whole number at least 0 and at most 2"),
         ("--lr 1e308", "--lr 1e+308: must be a number above 0 and at most 1e+30"),
-        (f"--epochs 1{30 * '0'}", "0000: must be a whole number above 0 and at most 2147483647"),
+        (f"--epochs 1{30 * '0'}", "0000: must be a whole number at least 0 and at most 2147483647"),
     ],
 )
 def test_bad_flags(argv, words, few_shapes, tmp_path, capsys):
@@ -130,8 +130,8 @@ def test_half_a_torchrun(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"epochs": 2.0}, "--epochs 2.0: must be a whole number above 0"),
-        ({"epochs": True}, "--epochs True: must be a whole number above 0"),
+        ({"epochs": 2.0}, "--epochs 2.0: must be a whole number at least 0"),
+        ({"epochs": True}, "--epochs True: must be a whole number at least 0"),
         ({"compile": 1}, "--compile 1: must be bool"),
         ({"lr": "0.1"}, "--lr 0.1: must be a number above 0"),
         ({"lr": None}, "--lr None: must be a number above 0"),
@@ -150,8 +150,12 @@ def test_from_python_a_wrong_value_is_an_input_error(given, words):
 
 def test_the_script_itself_exits_with_one_line():
     """In a process of its own, for the exit status that a shell sees."""
-    done = python("simclr.py", "--epochs", "0")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --epochs 0: must be a whole number above 0\n")
+    done = python("simclr.py", "--batch-size", "0")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: --batch-size 0: must be a whole number above 0\n",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -203,7 +207,7 @@ def test_resume_of_what_cannot_be_resumed(few_shapes, tmp_path, capsys):
     path.write_bytes(whole)
 
     edited(tmp_path / "run", '"epochs": 1', '"epochs": "1"')
-    assert "--epochs 1: must be a whole number above 0" in refused(capsys, *resume)
+    assert "--epochs 1: must be a whole number at least 0" in refused(capsys, *resume)
     edited(tmp_path / "run", '"method": "simclr"', '"method": "moco"')
     assert "holds a run of moco" in refused(capsys, *resume)
     (tmp_path / "run" / "config.json").write_text("{")

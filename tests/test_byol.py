@@ -274,7 +274,7 @@ def test_the_schedule_and_the_crops(few_shapes, tmp_path, monkeypatch, capsys):
     [
         ({"amp": "bf16", "blur_1": 1.0, "solarize_2": 0.2}, "moving average, tau from 0.9"),
         ({"optimizer": "lars", "symmetric": False, "momentum": 0.0}, "the online network itself"),
-        ({"predictor": False, "momentum": 1.0}, "random, fixed"),
+        ({"predictor": False, "momentum": 1.0}, "fixed, its backbone's weights random"),
     ],
     ids=lambda f: "-".join(map(str, f.values())) if isinstance(f, dict) else "",
 )

@@ -14,10 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 from subprocess import PIPE
+from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +61,7 @@ def a_run(out, **given):
 @pytest.fixture
 def no_curves(monkeypatch):
     monkeypatch.setattr(common.Run, "curves", lambda run: None)
+    monkeypatch.setattr(common.Run, "neighbours", lambda run: None)
 
 
 # --------------------------------------------------------------------------------------------------- exit status
@@ -204,7 +208,7 @@ def test_booleans_and_no_abbreviations():
 def test_a_value_given_wins_over_the_stored_one_and_that_over_the_preset(tmp_path):
     a_run(tmp_path, temperature=0.33, epochs=7)
     c = common.parse_args(simclr.Config, ["--resume", "--out", str(tmp_path), "--epochs", "9", "--lr", "0.7"])
-    assert c == config(tmp_path, temperature=0.33, epochs=9, lr=0.7, resume=True)
+    assert c == config(tmp_path, data="a tensor", temperature=0.33, epochs=9, lr=0.7, resume=True)
     assert c.recipe == "demo" and {"temperature", "epochs", "lr"} < c.given and "weight_decay" not in c.given
     assert c.weight_decay == simclr.DEMO["weight_decay"]
     assert not json.loads((tmp_path / "config.json").read_text())["resume"]
@@ -608,7 +612,7 @@ def test_without_labels(tmp_path, capsys, no_curves):
     assert metrics["knn_top1"] is None and not any(name.startswith("knn ") for name in metrics)
     assert (tmp_path / "log.csv").read_text().splitlines()[1].split(",")[5] == ""
     out = capsys.readouterr().out
-    assert "110 images, none held out; no labels" in out and "--data LABELLED_IMAGES" in out
+    assert "110 images, none held out; no labels" in out and f"{tmp_path} --embed out.npz --map map.png" in out
 
 
 def test_the_header_fits_the_terminal(tmp_path, capsys, monkeypatch):
@@ -845,8 +849,10 @@ def test_load_run(tmp_path, no_curves):
     train(tmp_path / "run", projection_head="linear")
     c, model = common.load_run(tmp_path / "run")
     assert isinstance(model, simclr.SimCLR) and dataclasses.asdict(c)["projection_head"] == "linear"
-    assert c == config(tmp_path / "run", projection_head="linear") and equal(
-        model.state_dict(), saved(tmp_path / "run")
+    assert (
+        not model.training
+        and c == config(tmp_path / "run", data="a tensor", projection_head="linear")
+        and equal(model.state_dict(), saved(tmp_path / "run"))
     )
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     for change, words in (
@@ -865,6 +871,217 @@ def test_load_run(tmp_path, no_curves):
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(common.InputError, match="checkpoint.pt: projector.0.weight is not finite; train again"):
         common.load_run(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- given weights
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_from_given_weights(method, tmp_path, few_shapes, capsys):
+    """After no step the backbone is the given one to the bit, and so are MoCo's and BYOL's second encoders."""
+    weights, module = common.resnet8().state_dict(), importlib.import_module(method)
+    torch.save({**weights, "fc.weight": torch.zeros(10, 128), "fc.bias": torch.zeros(10)}, tmp_path / "w.pth")
+    given = {"init": str(tmp_path / "w.pth"), "epochs": 0, "out": str(tmp_path / "run")}
+    metrics = module.train(module.Config.preset("demo", **given))
+    assert f"resnet8 from the weights of {tmp_path / 'w.pth'}, 0.31 M" in " ".join(capsys.readouterr().out.split())
+    assert metrics["epoch"] == 0 and metrics["knn_top1"] == metrics["knn h of --init"]
+    assert equal(torch.load(tmp_path / "run" / "backbone.pt", weights_only=True), weights)
+    (tmp_path / "w.pth").unlink()  # a run stands for itself
+    config, model = common.load_run(tmp_path / "run")
+    assert config.init == given["init"] and equal(model.backbone.state_dict(), weights)
+    second = {"moco": "key_encoder.0.", "byol": "target.0."}.get(method)
+    found = {n.removeprefix(second): v for n, v in model.state_dict().items() if n.startswith(second)} if second else {}
+    assert not second or equal(found, weights)
+
+
+def test_torchvisions_weights_go_round_to_the_bit(tmp_path):
+    network = torchvision.models.resnet18()
+    with torch.no_grad():
+        for p in network.state_dict().values():
+            p.copy_(p + 1 if p.dtype == torch.int64 else torch.rand_like(p))
+    torch.save(network.state_dict(), tmp_path / "r18.pth")
+    given = {"backbone": "resnet18", "image_size": 32, "hidden_dim": 0}
+    simclr.train(config(tmp_path / "run", init=str(tmp_path / "r18.pth"), epochs=0, **given), (PICTURES, LABELS))
+    import linear_eval
+
+    linear_eval.main([str(tmp_path / "run"), "--export", str(tmp_path / "out.pth")])
+    out = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert equal(dict(out), {n: v for n, v in network.state_dict().items() if not n.startswith("fc.")})
+
+
+def test_weights_that_do_not_fit_are_refused_by_their_first_key(tmp_path, monkeypatch):
+    good = common.resnet8().state_dict()
+    old = {n: v for n, v in good.items() if not n.endswith("num_batches_tracked")}  # torchvision's first files
+    common.build_backbone(saved_as(old, tmp_path))
+    without = {n: v for n, v in good.items() if n != "layer1.conv2.weight"}
+    wide = good | {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    for state, words in (
+        (good | {"layer9.x": good["bn1.bias"]}, "layer9.x is (32,) there, and absent in resnet8"),
+        (without, "layer1.conv2.weight is absent there, and (32, 32, 3, 3)"),
+        (wide, "conv1.weight is (64, 3, 7, 7) there, and (32, 3, 3, 3) in resnet8 with --stem imagenet"),
+        (good | {"bn1.bias": good["bn1.bias"] / 0}, "['bn1.bias'] is not finite"),
+        ({"parts": {"model": 1}}, "no whole state_dict"),
+        ({}, "conv1.weight is absent there"),
+        ([1], "no whole state_dict"),
+    ):
+        with pytest.raises(common.InputError, match=re.escape(words)):
+            common.build_backbone(saved_as(state, tmp_path))
+    with pytest.raises(common.InputError, match="no/such.pth: no such file; give random, imagenet, or a file"):
+        common.build_backbone(config(init="no/such.pth"))
+    with pytest.raises(common.InputError, match="there is none for resnet8"):
+        common.build_backbone(config(init="imagenet"))
+    with pytest.raises(common.InputError, match="this run would overwrite it; choose another --out"):
+        train(tmp_path, init=f"{tmp_path}/../{tmp_path.name}/backbone.pt")
+
+
+def saved_as(state, folder):
+    """A config that starts from this state."""
+    path = folder / f"{os.urandom(4).hex()}.pth"
+    torch.save(state, path)
+    return config(init=str(path))
+
+
+def test_imagenet_is_torchvisions_best_and_without_a_network_one_line(monkeypatch, capsys):
+    asked, weights = [], torchvision.models.resnet18().state_dict()
+
+    def download(url, *, progress, check_hash):
+        asked.append((url, check_hash))
+        if len(asked) > 2:
+            raise URLError("Name or service not known")
+        return weights
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    network = common.build_backbone(config(init="imagenet", backbone="resnet18"))
+    assert asked == [(torchvision.models.ResNet18_Weights.DEFAULT.url, True)]
+    assert equal(network.state_dict(), {n: v for n, v in weights.items() if not n.startswith("fc.")})
+    with pytest.raises(common.InputError, match="conv1.weight is .64, 3, 7, 7. there, and .64, 3, 3, 3. in resnet18"):
+        common.build_backbone(config(init="imagenet", backbone="resnet18", stem="cifar"))
+    with pytest.raises(common.InputError, match="--init imagenet: the download failed .*not known.*check the network"):
+        common.build_backbone(config(init="imagenet", backbone="resnet18"))
+
+
+def test_a_run_goes_on_without_the_file_that_it_started_from(tmp_path, capsys):
+    torch.save(common.resnet8().state_dict(), tmp_path / "w.pth")
+    given = {"init": str(tmp_path / "w.pth"), "knn_every": 1}
+    assert "knn h of --init" in train(tmp_path / "run", epochs=1, **given)
+    (tmp_path / "w.pth").unlink()
+    metrics = train(tmp_path / "run", resume=True, **given)
+    assert metrics["epoch"] == 2 and "knn h of --init" not in metrics and "knn g(h)" in metrics
+
+
+def test_a_run_from_before_a_flag_goes_on(tmp_path, no_curves):
+    train(tmp_path, epochs=1)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for name in ("init", "tensorboard"):
+        del state["config"][name]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    train(tmp_path, resume=True)
+    assert saved(tmp_path, "progress")["step"] == 6
+
+
+def test_no_epoch_writes_what_a_run_writes(tmp_path, capsys):
+    metrics = train(tmp_path, epochs=0, knn_every=1)
+    out = capsys.readouterr().out
+    assert "0 in all" in out and "too few" not in out and "the run is done" not in out
+    assert metrics["knn_top1"] == metrics["knn untrained h"] and metrics["loss"] is None
+    there = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "log.csv", "checkpoint.pt", "backbone.pt", "neighbours.png"} <= there
+    assert equal(common.load_run(tmp_path)[1].state_dict(), saved(tmp_path))
+    train(tmp_path, epochs=1, resume=True)
+    assert saved(tmp_path, "progress")["step"] == 3
+    train(tmp_path, epochs=0, resume=True)
+    assert (
+        saved(tmp_path, "progress")["step"] == 3 and "the run is done, and nothing changes" in capsys.readouterr().out
+    )
+
+
+# ------------------------------------------------------------------------------------- neighbours and TensorBoard
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_neighbours_are_the_nearest_in_h_and_never_the_picture_itself(held_out, tmp_path):
+    """Pictures of one grey level; h is the direction (cos, sin) of an angle that the level gives."""
+    n = 20
+    level = (torch.arange(n) * 12).to(torch.uint8)
+    data = images.from_tensors(level.view(n, 1, 1, 1).expand(n, 3, 16, 16), torch.arange(n) // 10, CPU)
+    if not held_out:
+        data = images.Data("none held out", data.train, None, data.classes)
+    seen = lambda x: (x * images.STD + images.MEAN).mean((1, 2, 3))  # noqa: E731
+    angle = lambda x: torch.stack([seen(x).cos(), seen(x).sin()], 1) * (1 + 5 * seen(x)[:, None])  # noqa: E731
+    sheet = np.asarray(common.draw_neighbours(angle, data, config(), rows=4, nearest=3)).astype(int)
+    asked = data.test or data.train
+    rows = torch.linspace(0, len(asked) - 1, min(4, len(asked))).long().tolist()
+    assert sheet.shape == (152 * len(rows), 152 + 3 * 136, 3)
+    train = [int(data.train.images[i, 0, 0, 0]) for i in data.train.rows.tolist()]
+    for row, i in enumerate(rows):
+        mine = int(asked.images[asked.rows[i], 0, 0, 0])
+        found = [sheet[152 * row + 64, 152 + 136 * k + 64, 0] for k in range(3)]
+        others = train if held_out else [v for v in train if v != mine]
+        best = sorted(abs(v - mine) for v in others)[:3]
+        assert abs(sheet[152 * row + 64, 64, 0] - mine) <= 1
+        assert [abs(v - mine) for v in found] == pytest.approx(best, abs=1)
+        for k, v in enumerate(found):  # below it, its class: green where it is the same
+            caption = sheet[152 * row + 129 : 152 * row + 150, 152 + 136 * k : 152 + 136 * k + 100]
+            r, g, _ = (255 - caption).reshape(-1, 3).sum(0)
+            same = (v > 114) == (mine > 114)  # classes 0 and 1: levels up to 108, and from 120
+            assert r > g if same else g > r
+
+
+def test_neighbours_of_few_pictures_and_odd_names(tmp_path):
+    data = images.from_tensors(PICTURES[:2], None, CPU)
+    assert common.draw_neighbours(common.pixels, data, config()).size == (288, 304)
+    data = images.Data("names of no class", images.resident(PICTURES, LABELS, CPU))
+    assert common.draw_neighbours(common.pixels, data, config()).size == (968, 1216)
+    data = images.from_tensors(PICTURES, LABELS, CPU)
+    data.classes = ["\udcff", "猫", "a" * 300, *data.classes[3:]]
+    assert common.draw_neighbours(common.pixels, data, config()).size == (968, 1216)
+
+
+def test_tensorboard_gets_the_columns_the_views_and_the_neighbours(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append(("from", str(folder), purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def add_image(self, name, picture, step, dataformats="CHW"):
+            picture = torch.as_tensor(np.array(picture))
+            assert picture.shape[dataformats.index("C")] == 3 and (picture.dtype == torch.uint8 or picture.max() <= 1)
+            written.append((name, picture.shape, step))
+
+        def flush(self):
+            written.append(("flushed", None, None))
+
+        def close(self):
+            written.append("closed")
+
+    fake = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    metrics = train(tmp_path, tensorboard=True, knn_every=2)
+    assert written[0] == ("from", str(tmp_path / "tensorboard"), 1) and written[-1] == "closed"
+    scalars = {(name, step): value for name, value, step in written[1:-1] if name != "flushed"}
+    rows = saved(tmp_path, "progress")["rows"]
+    for row in rows:
+        for name, value in zip(common.Run.COLUMNS[1:], row[1:], strict=True):
+            assert scalars.pop((name, row[0]), None) == value
+    assert metrics["knn_top1"] is not None and {("views", 1), ("neighbours", 2)} == scalars.keys()
+    written.clear()
+    train(tmp_path, tensorboard=True, epochs=3, resume=True)
+    assert written[0][2] == 3 and ("loss", 3) in {(w[0], w[2]) for w in written[:-1]}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(common.InputError, match="--tensorboard: it is not installed; pip install tensorboard"):
+        train(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    "name, line", [("cuda:77", "not to be had"), ("meta", "not to be had"), ("mps:x", "not to be"), ("hpu", "not to")]
+)
+def test_a_device_that_cannot_hold_a_number_is_refused(name, line):
+    with pytest.raises(common.InputError, match=f"--device {name}: {line}"):
+        common.pick_device(name)
 
 
 # -------------------------------------------------------------------------------------------------------- resume
@@ -1080,7 +1297,8 @@ def test_resume_refuses_any_other_change(name, tmp_path):
     c = a_run(tmp_path, blur=0.5).config
     common.Run(c, images.from_tensors(PICTURES, LABELS, CPU), CPU, model=simclr.SimCLR(c)).save()
     before, was = (tmp_path / "config.json").read_bytes(), getattr(c, name)
-    now = changed(name, was)
+    now = changed(name, was) if name != "init" else str(tmp_path / "weights.pt")
+    torch.save(common.resnet8().state_dict(), tmp_path / "weights.pt")
     line = f"--resume: {common.dashed(name)} was {was}, now it is {now}; give what it was, or choose another --out"
     with pytest.raises(common.InputError, match=f"^{re.escape(line)}$"):
         a_run(tmp_path, **{"blur": 0.5, name: now}, resume=True)
