@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import simclr
 from benchmarks import table
+from benchmarks.probes import gaussian_noise, sobel
 from images import color_jitter, crop_boxes, crop_resize, gaussian_blur, grey, normalize, rotate, sometimes
-from linear_eval import gaussian_noise, sobel
 from simclr import Config
 
 

@@ -22,6 +22,7 @@ from torch import nn
 import byol
 import common
 import images
+import linear_eval
 import moco
 import simclr
 import simsiam
@@ -50,6 +51,7 @@ CASES = {
     "supcon": {"optimizer": "lars", "lr": 1.0},
     "supcon in": {"loss": "in", "optimizer": "sgd"},
     "supcon cross-entropy": {"loss": "cross-entropy", "optimizer": "sgd"},
+    "fine-tuning": {},
 }
 
 
@@ -72,10 +74,14 @@ def train_all(folder, dtype, cases):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Run, "batches", fixed_batches)
         patch.setattr(common.Run, "curves", lambda run: None)
+        patch.setattr(common.Run, "neighbours", lambda run: None)
         torch.set_default_dtype(dtype)
         if dtype == torch.float64:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the loops ask for float32
         for case, given in cases.items():
+            if case == "fine-tuning":
+                fine_tune(folder / case, images.from_tensors(pictures, labels, torch.device("cpu")), patch)
+                continue
             method = METHODS[case.split()[0]]
             patch.setattr(method, "augment", lambda x, *rest: x)
             given = {"epochs": 1, "batch_size": 16, "image_size": 16, "lr": 0.1, "warmup_epochs": 0.0} | given
@@ -88,6 +94,21 @@ def train_all(folder, dtype, cases):
                 dist.all_gather_object(states, LAST["model"].state_dict())
                 for state in states:
                     assert all(torch.equal(a, b) for a, b in zip(state.values(), states[0].values(), strict=True))
+
+
+def fine_tune(folder, data, patch):
+    """Ten steps of linear_eval's fine-tuning, on views without chance."""
+    torch.manual_seed(0)
+    model, views = simclr.SimCLR(simclr.Config.preset("demo", image_size=16)), data.train.views
+    patch.setattr(images, "sometimes", lambda x, *rest: x)
+    patch.setattr(data.train, "views", lambda batches, *rest: views(batches, [(16, None)]))
+    how = linear_eval.FINETUNING["simclr"]._replace(batch_size=16, epochs=1, lr=0.1)
+    rows, labels = torch.arange(len(data.train)), data.train.labels
+    given = model.backbone, data, simclr.Config(workers=1, image_size=16), rows, labels, how
+    state = linear_eval.fit_as_published(*given, tune=True).state_dict() | model.backbone.state_dict()
+    if common.share()[0] == 0:
+        folder.mkdir(parents=True)
+        torch.save({"parts": {"model": ("SimCLR", state)}}, folder / "checkpoint.pt")
 
 
 LAST = {}  # the parts of the last run of this process

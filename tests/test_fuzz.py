@@ -101,7 +101,8 @@ def test_flags_of_linear_eval_at_random(trained, photos, tmp_path, capsys, monke
     rng, statuses = random.Random(1000 * SEED + 10), []
     pool = {
         "--features": ["h", "z", "pixels", "x"],
-        "--protocol": ["features", "paper", "x"],
+        "--protocol": ["features", "paper", "finetune", "x"],
+        "--batch-size": ["0", "16", "1000", "x"],
         "--epochs": ["0", "1", "-1", "x"],
         "--lr": ["0", "1", "nan", "1e308"],
         "--label-fraction": ["0", "0.1", "1", "2", "nan"],
@@ -112,13 +113,18 @@ def test_flags_of_linear_eval_at_random(trained, photos, tmp_path, capsys, monke
         "--seed": ["0", "-1", str(2**64)],
         "--export": ["x.pth", "/no/such/x.pth", "."],
         "--confusion": ["x.png", "x.nothing"],
+        "--embed": ["x.npz", "x", "."],
+        "--map": ["x.png", "/no/such/x.png"],
+        "--save": ["c.pt", "."],
+        "--classify": ["c.pt", "x.npz", "/no/such"],
+        "--predictions": ["p.csv", "/no/such/p.csv"],
     }
     for _ in range(40):
         argv = [str(trained), "--data", str(photos)]
         for flag in rng.sample(sorted(pool), rng.randint(0, 3)):
             argv += [flag, rng.choice(pool[flag])]
         argv += [f for f in ("--untrained", "--shuffle-labels") if rng.random() < 0.1]
-        if "paper" in argv and "--epochs" not in argv:
+        if {"paper", "finetune"} & {*argv} and "--epochs" not in argv:
             argv += ["--epochs", "1"]
         print(*argv)
         statuses.append(outcome(lambda a=argv: linear_eval.main(a), capsys))

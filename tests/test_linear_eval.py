@@ -1,5 +1,6 @@
 """The evaluation, and its controls: shuffled labels, an untrained backbone, raw pixels, few labels."""
 
+import csv
 import dataclasses
 import math
 
@@ -13,7 +14,9 @@ from PIL import Image
 import common
 import images
 import linear_eval
+import moco
 import simclr
+from benchmarks import probes
 
 CPU = torch.device("cpu")
 
@@ -84,25 +87,30 @@ def write(pictures, paths):
 
 def test_fit_linear_is_at_the_optimum():
     torch.manual_seed(0)
-    x, y = torch.randn(300, 8), torch.randint(4, (300,))
-    w, b = (t.requires_grad_() for t in linear_eval.fit_linear(x, y, 4, l2=0.01))
-    objective = F.cross_entropy(x @ w + b, y) + 0.005 * w.square().sum()
+    x, y = 3 * torch.randn(300, 8) + 5, torch.randint(4, (300,))
+    classifier = linear_eval.fit_linear(x, y, 4, l2=0.01)
+    w, b = classifier.weight.requires_grad_(), classifier.bias.requires_grad_()
+    logits = (x - x.mean(0)) / x.std(0) @ w.T + b
+    objective = F.cross_entropy(logits, y) + 0.005 * w.square().sum()
     for g in torch.autograd.grad(objective, (w, b)):
         assert g.abs().max() < 1e-4
+    torch.testing.assert_close(classifier(x), logits)
 
 
 def test_a_separable_set_is_learned_and_shuffled_labels_give_chance():
     torch.manual_seed(0)
     labels = torch.arange(2000) % 10
     x = F.one_hot(labels, 10).float() + 0.1 * torch.randn(2000, 10)
-    good = linear_eval.evaluate(x[:1000], labels[:1000], x[1000:], labels[1000:], 10, 1e-3)
-    assert good["linear_top1"] > 0.98 and good["linear_top5"] >= good["linear_top1"] and good["knn_top1"] > 0.98
+
+    def evaluate(labels, mine=slice(None)):
+        logits = linear_eval.fit_linear(x[:1000], labels[:1000], 10)(x[1000:])
+        return linear_eval.scores(logits[mine], labels[1000:][mine], 10)
+
+    good = evaluate(labels)
+    assert good["linear_top1"] > 0.98 and good["linear_top5"] >= good["linear_top1"]
     for c in range(10):  # which images are asked about together changes nothing
-        mine = labels[1000:] == c
-        alone = linear_eval.evaluate(x[:1000], labels[:1000], x[1000:][mine], labels[1000:][mine], 10, 1e-3)
-        assert alone["linear_top1"] == pytest.approx(good["per_class"][c])
-    shuffled = labels[torch.randperm(2000)]
-    chance = linear_eval.evaluate(x[:1000], shuffled[:1000], x[1000:], shuffled[1000:], 10, 1e-3)
+        assert evaluate(labels, labels[1000:] == c)["linear_top1"] == pytest.approx(good["per_class"][c])
+    chance = evaluate(labels[torch.randperm(2000)])
     assert abs(chance["linear_top1"] - 0.1) < 0.04 and abs(chance["linear_top5"] - 0.5) < 0.06
 
 
@@ -145,7 +153,7 @@ def test_a_run_is_evaluated(run_folder, evaluate, flags, capsys):
     assert f"{100 if '0.1' in flags else 1000:,} labels used" in out
     assert result["confusion"].sum() == 200 and result["confusion"].sum(1).tolist() == [20] * 10
     assert math.isclose(sum(result["per_class"]) / 10, result["linear_top1"], rel_tol=1e-5)
-    assert ("note: only 2 steps in all" in out) == ("paper" in flags)
+    assert ("note: only about 62 steps in all" in out) == ("paper" in flags)  # two epochs of 1,000 images, 32 a batch
     config, model, data = trained(run_folder)
     if "paper" in flags:
         assert result["knn_top1"] == common.knn_of(model.backbone, data, config)
@@ -215,7 +223,7 @@ class Recorder(torch.nn.Module):
 def fit(network, data, chosen, how):
     config = simclr.Config(data="shapes", image_size=16, workers=1)
     torch.manual_seed(0)
-    return linear_eval.fit_as_published(network, data, config, chosen, data.train.labels[chosen], 3, how)
+    return linear_eval.fit_as_published(network, data, config, chosen, data.train.labels[chosen], how)
 
 
 @pytest.mark.parametrize("method", sorted(linear_eval.PUBLISHED))
@@ -269,34 +277,37 @@ def test_the_published_protocol_shows_crops_and_flips():
     how = linear_eval.PUBLISHED["moco"]._replace(batch_size=25, epochs=4, lr=0.1)
     data, network, chosen = little_data(), Recorder(), torch.arange(0, 60, 2)
     fit(network, data, chosen, how)
-    assert [len(x) for x in network.shown] == [25, 5] * 4  # all of the chosen every epoch, the last short batch too
-    x = torch.cat(network.shown)
+    assert [len(x) for x in network.shown] == [2, *[25, 5] * 4]  # all of the chosen every epoch, the short batch too
+    x = torch.cat(network.shown[1:])
     dark = images.normalize(torch.zeros(1, 3, 1, 1))
     assert torch.allclose(x.amin((0, 2, 3)), dark.flatten(), atol=1e-5)  # torchvision's range, not [0, 1]
     left, right = (denormalize(x)[..., i].amax((1, 2)) for i in (0, -1))
     assert 20 < (left > right + 0.2).sum() < 100 and 20 < (right > left + 0.2).sum() < 100  # the bright half
     assert len(x.flatten(1).unique(dim=0)) > 60  # and a crop of its own for each
-    few = fit(Recorder(), data, chosen, how._replace(batch_size=300))
-    same = fit(Recorder(), data, chosen, how._replace(batch_size=30, lr=0.01))  # the lr goes with the batch
-    assert torch.allclose(few.weight, same.weight)
 
 
 def test_the_published_protocol_leaves_the_backbone_alone(run_folder):
     config, model, data = trained(run_folder)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     how, labels = linear_eval.PUBLISHED["moco"]._replace(epochs=1), data.train.labels[:500]
-    linear_eval.fit_as_published(model.backbone, data, config, torch.arange(500), labels, 128, how)
+    linear_eval.fit_as_published(model.backbone, data, config, torch.arange(500), labels, how)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_epochs_and_lr_change_the_published_setting(evaluate, monkeypatch, capsys):
     seen, original = [], linear_eval.fit_as_published
-    monkeypatch.setattr(linear_eval, "fit_as_published", lambda *a: seen.append(a[-1]) or original(*a))
+    monkeypatch.setattr(linear_eval, "fit_as_published", lambda *a: seen.append(a[5]) or original(*a))
+    paper = linear_eval.PUBLISHED["simclr"]
     evaluate("--protocol", "paper", "--epochs", 1, "--lr", 0.5)
-    assert seen == [linear_eval.PUBLISHED["simclr"]._replace(epochs=1, lr=0.5)]
+    assert seen.pop() == paper._replace(epochs=1, lr=0.5, batch_size=32)
     out = capsys.readouterr().out
-    assert "changed by hand" in out and "lowered to the 1000 images" in out
+    assert "changed by hand" in out and "fitted to 1,000 images" in out
+    evaluate("--protocol", "paper", "--epochs", 1, "--batch-size", 512)
+    assert seen.pop() == paper._replace(epochs=1, lr=1.6 / 8, batch_size=512)
+    assert "fitted" not in capsys.readouterr().out
+    with pytest.raises(common.InputError, match="--batch-size 1001: there are only 1,000 labelled images"):
+        evaluate("--protocol", "paper", "--batch-size", 1001)
 
 
 # ------------------------------------------------------------------------------------------------- what h keeps
@@ -306,7 +317,7 @@ def test_sobel_is_its_definition():
     """|(Gx * y, Gy * y)| of the grey picture y, by the two kernels written out, at most 1; borders reflected."""
     torch.manual_seed(0)
     x = torch.rand(4, 3, 11, 13)
-    ours = linear_eval.sobel(x)
+    ours = probes.sobel(x)
     assert ours.shape == x.shape and torch.equal(ours[:, 0], ours[:, 1]) and torch.equal(ours[:, 0], ours[:, 2])
     y = F.pad(x[:, 0] * 0.2989 + x[:, 1] * 0.587 + x[:, 2] * 0.114, (1, 1, 1, 1), mode="reflect")
     weight = torch.tensor([1.0, 2.0, 1.0])
@@ -321,13 +332,13 @@ def test_sobel_is_its_definition():
 def test_gaussian_noise_is_its_definition():
     torch.manual_seed(0)
     x = torch.full((2, 3, 64, 64), 0.5)
-    noise = linear_eval.gaussian_noise(x, torch.tensor([0.01, 0.1]).view(2, 1, 1, 1)) - x
+    noise = probes.gaussian_noise(x, torch.tensor([0.01, 0.1]).view(2, 1, 1, 1)) - x
     assert torch.allclose(noise.flatten(1).std(1), torch.tensor([0.01, 0.1]), rtol=0.05)
     assert noise.mean().abs() < 0.003 and len(noise.unique()) > 10_000  # a draw of its own for every value
     assert (x == 0.5).all()
     y = torch.rand(2, 3, 8, 8)
     torch.manual_seed(1)
-    ours = linear_eval.gaussian_noise(y, 0.7)
+    ours = probes.gaussian_noise(y, 0.7)
     torch.manual_seed(1)
     assert torch.equal(ours, (y + 0.7 * torch.randn(y.shape)).clamp(0, 1)) and ours.min() == 0 and ours.max() == 1
 
@@ -337,27 +348,27 @@ def test_the_probes_alter_what_they_say():
     x = torch.rand(8, 3, 16, 16)
     kind = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1])
     on, off = kind == 1, kind == 0
-    altered = {probe: linear_eval.alter(x.clone(), probe, kind) for probe in linear_eval.PROBES}
+    altered = {probe: probes.alter(x.clone(), probe, kind) for probe in probes.PROBES}
     for y in altered.values():
         assert torch.equal(y[off], x[off]) and not any(torch.equal(a, b) for a, b in zip(y[on], x[on], strict=True))
     assert torch.equal(altered["grayscale"][on], images.grey(x[on]))
-    assert torch.equal(altered["sobel"][on], linear_eval.sobel(x[on]))
+    assert torch.equal(altered["sobel"][on], probes.sobel(x[on]))
     assert abs((altered["corrupted"] - x)[on].std() - 0.1) < 0.02
-    turned = linear_eval.alter(x.clone(), "rotation", torch.arange(8) % 4)
+    turned = probes.alter(x.clone(), "rotation", torch.arange(8) % 4)
     assert all(torch.equal(turned[i], x[i].rot90(i % 4, (1, 2))) for i in range(8))
 
 
-@pytest.mark.parametrize("probe", linear_eval.PROBES)
+@pytest.mark.parametrize("probe", probes.PROBES)
 def test_altered_features_match_their_pictures(run_folder, probe):
     """The network is shown what was altered in [0, 1], then normalised; the kinds have exactly their shares."""
     config, model, data = trained(run_folder)
-    h, kind = linear_eval.embed_altered(model.backbone, data.test, config, probe, seed=3)
-    z, again = linear_eval.embed_altered(model.embed, data.test, config, probe, seed=3)
-    assert torch.equal(kind, again) and kind.bincount().tolist() == [200 * s for s in linear_eval.PROBES[probe][1]]
+    h, kind = probes.embed_altered(model.backbone, data.test, config, probe, seed=3)
+    z, again = probes.embed_altered(model.embed, data.test, config, probe, seed=3)
+    assert torch.equal(kind, again) and kind.bincount().tolist() == [200 * s for s in probes.PROBES[probe][1]]
     index = torch.randperm(200, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(3)
     (x,) = next(data.test.views([index], [(32, None)]))
-    x = images.normalize(linear_eval.alter(x, probe, kind))
+    x = images.normalize(probes.alter(x, probe, kind))
     with torch.no_grad():
         torch.testing.assert_close(h, model.backbone(x), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(z, model.embed(x), atol=1e-4, rtol=1e-4)
@@ -367,9 +378,9 @@ def test_fit_mlp_learns_what_no_linear_classifier_can():
     torch.manual_seed(0)
     x = torch.randn(3000, 16)
     y = (x[:, 0].abs() > 0.67).long()
-    network = linear_eval.fit_mlp(x, y, 2, 16, seed=0)
+    network = probes.fit_mlp(x, y, 2, 16, seed=0)
     assert (network(x).argmax(1) == y).float().mean() > 0.9
-    again = linear_eval.fit_mlp(x, y, 2, 16, seed=0)
+    again = probes.fit_mlp(x, y, 2, 16, seed=0)
     assert torch.equal(network(x), again(x))
 
 
@@ -380,13 +391,13 @@ def test_a_probe_finds_what_was_lost():
     small = lambda x: F.adaptive_avg_pool2d(denormalize(x), 4)  # noqa: E731
     networks = {"h": lambda x: small(x).flatten(1), "z": lambda x: images.luma(small(x)).flatten(1)}  # z: no colours
     config = simclr.Config(image_size=32)
-    table = linear_eval.run_probes(networks, data, config, ["grayscale"], 48, 0)["grayscale"]
+    table = probes.run_probes(networks, data, config, ["grayscale"], 48, 0)["grayscale"]
     assert math.isclose(table["chance"], 0.8, rel_tol=1e-6)
     assert table["h"] > 0.97 and table["z"] < 0.9
 
 
 def test_probe_all_prints_the_table(evaluate, capsys, monkeypatch):
-    monkeypatch.setattr(linear_eval, "PROBE_IMAGES", 100)
+    monkeypatch.setattr(probes, "PROBE_IMAGES", 100)
     result = evaluate("--probe", "all")
     out = capsys.readouterr().out
     assert list(result) == ["grayscale", "rotation", "corrupted", "sobel"]
@@ -459,7 +470,7 @@ def test_transfer_to_other_data_and_the_confusion_matrix(evaluate, tmp_path, cap
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--epochs 3", "--epochs does nothing without --protocol paper"),
+        ("--epochs 3", "--epochs does nothing without --protocol paper or finetune"),
         ("--lr 0", "--lr 0.0: must be above 0"),
         ("--lr nan", "--lr nan: must be above 0"),
         ("--lr 3", "--lr does nothing without --protocol paper"),
@@ -491,3 +502,222 @@ def test_bad_flags_and_flags_that_would_do_nothing_are_one_line(flags, words, ev
         evaluate(*flags.split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
+
+
+# ---------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_fine_tuning_is_published_for_few_and_for_many_labels():
+    for method in linear_eval.PUBLISHED:
+        given = [["run", "--protocol", "finetune", "--label-fraction", fraction] for fraction in ("0.01", "0.1")]
+        few, tenth = (linear_eval.setting_of(linear_eval.parse(argv), method, 10**6) for argv in given)
+        byol = method == "byol"
+        assert (few.epochs, tenth.epochs) == ((50, 30) if byol else (60, 30)), method
+        assert few.batch_size == (1024 if byol else 4096) and few.lr == (0.05 if byol else 0.05 * 4096 / 256)
+        assert few.optimizer == "nesterov" and few.weight_decay == 0 and not few.steps and few.crop == 0.08
+        assert ("BYOL" if byol else "B.5") in few.source
+
+
+def test_fine_tuning_trains_the_whole_network_and_the_same_from_random_weights(run_folder, evaluate, tmp_path, capsys):
+    flags = ["--protocol", "finetune", "--label-fraction", 0.5, "--epochs", 3, "--lr", 0.1]
+    result = evaluate(*flags, "--save", tmp_path / "tuned.pt")
+    out = capsys.readouterr().out
+    assert (
+        "nesterov, batch 16, lr 0.1, 3 epochs (SimCLR appendix B.5: 0.05 B/256; 60 epochs of 1%; fitted to 500 " in out
+    )
+    assert "frozen" not in out and "finetune" in out
+    _, model, _ = trained(run_folder)
+    before, after = model.backbone.state_dict(), torch.load(tmp_path / "tuned.pt", weights_only=True)["backbone"]
+    assert all(not torch.equal(before[name], after[name]) for name in before)  # BN's statistics, too
+    assert after["bn1.num_batches_tracked"] - before["bn1.num_batches_tracked"] == 3 * (500 // 16)
+    control = evaluate("--untrained", *flags)
+    assert not torch.allclose(control["logits"], result["logits"], atol=0.1) and 0 < control["linear_top1"] < 1
+    assert "before training (random weights)" in capsys.readouterr().out
+    again = evaluate("--classify", tmp_path / "tuned.pt", "--predictions", tmp_path / "p.csv")
+    test = [path.startswith("test") for path in again["paths"]]
+    assert torch.equal(again["probabilities"][test], result["logits"].softmax(1))
+
+
+def test_fine_tuning_is_sgd_on_every_weight():
+    """One step at all images moves each weight of network and classifier by lr (1 + 0.9) times its gradient."""
+    torch.manual_seed(0)
+    data, config = little_data(), simclr.Config(data="shapes", image_size=16, workers=1)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    before, seen = [p.detach().clone() for p in network.parameters()], []
+    views = data.train.views
+    data.train.views = lambda *a, **k: (seen.append(x) or x for x in views(*a, **k))
+    how = linear_eval.FINETUNING["simclr"]._replace(epochs=1, lr=0.5, batch_size=60)
+    rows, labels = torch.arange(60), data.train.labels
+    linear_eval.fit_as_published(network, data, config, rows, labels, how, tune=True)
+    ((x,),) = seen  # flipped and normalised in place
+    moved = [b - p.detach() for b, p in zip(before, network.parameters(), strict=True)]
+    assert x.min() < -1 and all(m.abs().max() > 0 for m in moved)
+    how = how._replace(batch_size=25)
+    count, data = [], little_data()
+    views = data.train.views
+    data.train.views = lambda batches, *a: (count.extend(map(len, batches)), views(batches, *a))[1]
+    linear_eval.fit_as_published(network, data, config, rows, labels, how, tune=True)
+    assert count == [25, 25]  # BN wants no batch of 10
+
+
+# -------------------------------------------------------------------------- pictures in, features and classes out
+
+
+def album(folder, classes=False):
+    """12 pictures of three colours and many sizes, one cut short after its header, and files that are none."""
+    for i in range(12):
+        pixels = np.zeros((40 + 5 * i, 60 - 2 * i, 3), np.uint8)
+        pixels[:, 10:, i % 3] = 100 + 10 * i
+        path = folder / ("rgb"[i % 3] if classes else ".") / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path.with_name("05-cut.png"))
+    cut = path.with_name("05-cut.png").read_bytes()
+    path.with_name("05-cut.png").write_bytes(cut[: len(cut) // 2])
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "empty.jpg").write_bytes(b"")
+    return folder
+
+
+def test_embedding_any_folder(run_folder, evaluate, tmp_path, capfd):
+    folder = album(tmp_path / "photos")
+    evaluate("--data", folder, "--embed", tmp_path / "out.npz")
+    out, err = capfd.readouterr()
+    assert "h, 128-d, of 12 pictures" in out and "05-cut.png" in err
+    assert "note: 1 damaged images are left out, and nothing stands in" in out
+    with np.load(tmp_path / "out.npz") as file:
+        found = dict(file)
+    assert found["features"].shape == (12, 128) and found["features"].dtype == np.float32
+    assert found["paths"].tolist() == [str(folder / f"{i:02}.png") for i in range(12)]
+    assert found["labels"].tolist() == [-1] * 12 and found["classes"].tolist() == []
+    # a row is its picture's, whatever else the folder holds
+    config, model, _ = trained(run_folder)
+    for i in (0, 7):
+        alone = tmp_path / f"alone{i}"
+        alone.mkdir()
+        (alone / "x.png").write_bytes((folder / f"{i:02}.png").read_bytes())
+        one = evaluate("--data", alone, "--embed", tmp_path / "one.npz")
+        assert np.array_equal(one["features"][0], found["features"][i])
+        z = evaluate("--data", alone, "--embed", tmp_path / "z.npz", "--features", "z")["features"][0]
+        assert np.array_equal(
+            z, evaluate("--data", folder, "--map", tmp_path / "z.png", "--features", "z")["features"][i]
+        )
+        with Image.open(folder / f"{i:02}.png") as picture:
+            view = torchvision.transforms.functional.center_crop(picture, min(picture.size))
+            view = torchvision.transforms.functional.to_tensor(view.resize((32, 32), Image.Resampling.BILINEAR))
+        with torch.no_grad():
+            h = model.backbone(images.normalize(view[None]))[0]
+        assert torch.allclose(h, torch.from_numpy(found["features"][i]), atol=0.05 * h.abs().max())
+
+
+def test_embedding_keeps_labels_held_out_pictures_and_the_asked_features(run_folder, evaluate, tmp_path):
+    folder = album(tmp_path / "photos", classes=True)
+    found = evaluate("--data", folder, "--embed", tmp_path / "out.npz", "--features", "z")
+    assert found["paths"].tolist() == sorted(str(p) for p in folder.glob("?/??.png"))
+    assert found["classes"].tolist() == ["b", "g", "r"] and found["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    config, model, data = trained(run_folder)
+    found = evaluate("--embed", tmp_path / "own.npz", "--features", "z")
+    assert found["paths"][[0, 200]].tolist() == ["test/000000", "train/000000"] and len(found["paths"]) == 1200
+    torch.testing.assert_close(torch.from_numpy(found["features"][200:]), common.embed(model.embed, data.train, config))
+    assert found["labels"].tolist() == [*data.test.labels.tolist(), *data.train.labels.tolist()]
+
+
+def test_a_saved_classifier_tells_the_same_to_the_bit(evaluate, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fitted = evaluate("--save", "classifier.pt")
+    saved = torch.load("classifier.pt", weights_only=True)
+    assert saved["weight"].shape == (10, 128) and saved["bias"].shape == (10,) and saved["mean"].shape == (128,)
+    assert saved["classes"] == list(images.SHAPES) and saved["features"] == "h" and saved["backbone"] is None
+    told = evaluate("--classify", "classifier.pt")
+    p = fitted["logits"].softmax(1)
+    assert torch.equal(told["probabilities"][:200], p)  # the held-out ones come first: test/, train/
+    rows = [line.split(",") for line in (tmp_path / "predictions.csv").read_text().splitlines()]
+    assert rows[0] == ["path", "class", "probability"] and len(rows) == 1201
+    expected = [[f"test/{i:06}", list(images.SHAPES)[c]] for i, c in enumerate(p.argmax(1).tolist())]
+    assert [row[:2] for row in rows[1:201]] == expected
+    assert torch.equal(torch.tensor([float(row[2]) for row in rows[1:201]]), p.amax(1))
+
+
+@pytest.mark.parametrize("protocol", ["features", "paper", "finetune"])
+def test_a_saved_classifier_tells_the_same_of_photos_of_many_sizes(protocol, evaluate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    album(tmp_path / "photos", classes=True)
+    given = [] if protocol == "features" else ["--epochs", 2, "--lr", 0.1]
+    fitted = evaluate("--data", "photos", "--save", "c.pt", "--protocol", protocol, *given)
+    told = evaluate("--data", "photos", "--classify", "c.pt")
+    held_out = [
+        i for i, name in enumerate(told["paths"]) if name in ("photos/b/11.png", "photos/g/10.png", "photos/r/09.png")
+    ]
+    assert torch.equal(told["probabilities"][held_out], fitted["logits"].softmax(1)) and len(held_out) == 3
+
+
+def test_fine_tuning_gives_mocos_batch_norms_their_usual_momentum(tmp_path):
+    config = moco.Config.preset("demo", image_size=16, out=str(tmp_path))
+    network, data = moco.MoCo(config).backbone, little_data()
+    assert network.bn1.momentum == 0.05
+    how = linear_eval.FINETUNING["simclr"]._replace(epochs=1, batch_size=30)
+    linear_eval.fit_as_published(network, data, config, torch.arange(60), data.train.labels, how, tune=True)
+    assert {m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+
+
+def test_a_run_on_a_tensor_asks_for_data(tmp_path, capsys):
+    simclr.train(simclr.Config.preset("demo", epochs=0, out=str(tmp_path)), images.make_shapes(50, 0, 32)[0])
+    assert f"linear_eval.py {tmp_path} --embed out.npz --map map.png --data PICTURES" in capsys.readouterr().out
+    with pytest.raises(common.InputError, match="--data a tensor: no such folder; give a folder"):
+        linear_eval.main([str(tmp_path), "--embed", str(tmp_path / "out.npz")])
+
+
+def test_new_photos_are_classified(evaluate, tmp_path, capsys):
+    folder = album(tmp_path / "known", classes=True)
+    evaluate("--data", folder, "--save", tmp_path / "c.pt")
+    new = album(tmp_path / "new, or so")
+    evaluate("--data", new, "--classify", tmp_path / "c.pt", "--predictions", tmp_path / "p.csv")
+    assert "p.csv: one of 3 classes for each of 12 pictures" in capsys.readouterr().out
+    with open(tmp_path / "p.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [str(new / f"{i:02}.png") for i in range(12)]
+    assert [row["class"] for row in rows] == list("rgb") * 4
+    assert all(1 / 3 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_classifier_of_other_weights_is_refused(evaluate, tmp_path):
+    evaluate("--save", tmp_path / "c.pt")
+    fresh_run(tmp_path, backbone="resnet8", image_size=32, data="shapes")
+    with pytest.raises(common.InputError, match="c.pt: it was fitted to other weights"):
+        linear_eval.main([str(tmp_path), "--classify", str(tmp_path / "c.pt")])
+    (tmp_path / "d.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:500])
+    for name, why in (("d.pt", "no whole file of a classifier"), ("e.pt", "no such file")):
+        with pytest.raises(common.InputError, match=why):
+            evaluate("--classify", tmp_path / name)
+
+
+def test_the_map_puts_each_picture_at_its_principal_components(evaluate, tmp_path, capsys):
+    folder = album(tmp_path / "photos", classes=True)
+    found = evaluate("--data", folder, "--map", tmp_path / "map.png")
+    x = found["features"].astype(np.float64)
+    x -= x.mean(0)
+    _, s, vt = np.linalg.svd(x, full_matrices=False)
+    share = s**2 / (s**2).sum()
+    out = capsys.readouterr().out
+    assert f"first principal component, {share[0]:.0%} of the variance; up: second, {share[1]:.0%}" in out
+    sheet = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
+    assert sheet.shape == (1224, 1400, 3)
+    at = x @ vt[:2].T
+    at = (at - at.min(0)) / (at.max(0) - at.min(0)) * 29
+    right = 0
+    for flip in ((1, 1), (1, -1), (-1, 1), (-1, -1)):  # the sign of a component means nothing
+        cells = [[c if f > 0 else 29 - c for c, f in zip(row, flip, strict=True)] for row in np.round(at).astype(int)]
+        centres = [sheet[1200 - (up + 1) * 40 + 20, across * 40 + 20] for across, up in cells]
+        right = max(
+            right, sum(c.argmax() == "rgb".index("bgr"[k]) for c, k in zip(centres, found["labels"], strict=True))
+        )
+    assert right == 12 and (sheet[:1200, :1200] == 255).all(2).mean() > 0.9
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 4), torch.arange(5.0)[:, None], torch.eye(3)], ids=["one", "1-d", "few"])
+def test_the_map_of_little_variety(x, tmp_path):
+    pictures = [(little_data().train, i) for i in range(len(x))]
+    linear_eval.draw_map(x, pictures, [-1] * len(x), [], 16, tmp_path / "map.png")
+    sheet = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
+    assert sheet.shape == (1224, 1200, 3) and (sheet[:1200].min(2) < 255).sum() > 500 * len(x)
