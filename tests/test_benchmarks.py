@@ -5,9 +5,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torchvision.ops import box_iou
 from torchvision.transforms import functional as TF
 
 import common
@@ -15,8 +18,8 @@ import images
 import simclr
 import simsiam
 import supcon
-from benchmarks import ablations, augmentations, max_margin, pipeline, simsiam_section5, table
-from tests.helpers import ROOT, saved
+from benchmarks import ablations, augmentations, detection, max_margin, pipeline, simsiam_section5, table
+from tests.helpers import ROOT, equal, saved
 
 TINY = ["--epochs", "1", "--batch-size", "40", "--knn-every", "0"]
 
@@ -201,6 +204,195 @@ def test_every_cell_of_figure_5_augments_one_branch_in_the_given_order(monkeypat
             y = t * images.STD + images.MEAN
             assert y.shape == x.shape and torch.isfinite(y).all() and y.min() >= -1e-5 and y.max() <= 1 + 1e-5
             assert not torch.equal(t, same)
+
+
+# ------------------------------------------------------------------------------------------------------ detection
+
+
+def on_picture(*rows):
+    """Of one picture, the boxes that the rows say: x1, y1, x2, y2, label, and the score of a detection."""
+    rows = torch.tensor(rows, dtype=torch.float32) if rows else torch.empty(0, 6)
+    named = {"boxes": rows[:, :4], "labels": rows[:, 4].long()}
+    return named | ({"scores": rows[:, 5]} if rows.shape[1] > 5 else {})
+
+
+A, B = (0, 0, 10, 10), (20, 20, 30, 30)
+NEAR_A = (0, 2, 10, 12)  # IoU 2/3
+HALF = 51 / 101  # of the recalls 0, 0.01, ..., 1 those up to a half
+
+
+@pytest.mark.parametrize(
+    "detections, truths, expected",
+    [
+        ([[(*A, 1, 0.9), (*B, 2, 0.1)], [(*B, 1, 0.2)]], [[(*A, 1), (*B, 2)], [(*B, 1)]], 1.0),  # perfect
+        ([[(*A, 1, 0.9), (*A, 1, 0.8), (*B, 1, 0.7)]], [[(*A, 1), (*B, 1)]], HALF + (1 - HALF) * 2 / 3),  # one twice
+        ([[(*A, 1, 0.7), (*B, 1, 0.8), (*A, 1, 0.9)]], [[(*A, 1), (*B, 1)]], 1.0),  # twice, but after all are found
+        ([[(*A, 1, 0.9), (*A, 1, 0.8)]], [[(*A, 1), (*NEAR_A, 1)]], 1.0),  # the second takes the one that is free
+        ([[(*A, 1, 0.9)]], [[(*NEAR_A, 1), (*A, 1), (*B, 1), (*B, 1)]], 26 / 101),  # one of four
+        ([[(*NEAR_A, 1, 0.9), (*A, 1, 0.8)]], [[(*A, 1), (-1, 3, 10, 13, 1)]], 1.0),  # each the one it overlaps most
+        ([[(*A, 2, 0.9)]], [[(*A, 1)]], 0.0),  # another class; the 2 has no true box and is left out
+        ([[(*A, 2, 0.9), (*B, 3, 0.9)]], [[(*A, 1), (*B, 3)]], 0.5),
+        ([[(*A, 1, 0.9)], [(*A, 1, 0.8)]], [[], [(*A, 1)]], 0.5),  # on another picture; and it comes first
+        ([[(*A, 1, 0.8)], [(*A, 1, 0.9)]], [[], [(*A, 1)]], 1.0),
+        ([[(0, 0, 10, 5, 1, 0.9)]], [[(*A, 1)]], 1.0),  # IoU 0.5
+        ([[(0, 0, 10, 4.99, 1, 0.9)]], [[(*A, 1)]], 0.0),  # 0.499
+        ([[], []], [[(*A, 1)], []], 0.0),  # nothing found
+        ([[]], [[]], math.nan),
+        ([[(*A, 1, 0.9)]], [[]], math.nan),
+    ],
+)
+def test_average_precision_in_closed_form(detections, truths, expected):
+    found, true = [on_picture(*rows) for rows in detections], [on_picture(*rows) for rows in truths]
+    assert detection.average_precision(found, true, range(1, 4)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_average_precision_follows_the_scores_and_takes_the_best_precision_to_come():
+    """Of three true boxes, by falling score: wrong, right, right, wrong, right: precision 0, 1/2, 2/3, 1/2, 3/5."""
+    true = [on_picture((*A, 1), (*B, 1)), on_picture((*A, 1))]
+    found = [
+        on_picture((*B, 1, 0.1), (50, 50, 60, 60, 1, 0.9), (*A, 1, 0.5)),
+        on_picture((50, 50, 60, 60, 1, 0.2), (*A, 1, 0.8)),
+    ]
+    assert detection.average_precision(found, true, [1]) == pytest.approx((67 * 2 / 3 + 34 * 3 / 5) / 101)
+    assert detection.average_precision(found, true, [1], iou=1.1) == 0
+
+
+@pytest.fixture(scope="module")
+def canvases():
+    """Forty without noise: how much of each pixel a shape covers, (40, 96, 96), and the boxes."""
+
+    class Quiet(np.random.Generator):
+        def standard_normal(self, size):
+            return np.zeros(size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "default_rng", lambda seed: Quiet(np.random.PCG64(seed)))
+        pixels, truths = detection.draw_canvases(40, 3)
+    red = pixels[:, 0].double()
+    ground = red.flatten(1).median(1).values[:, None, None]
+    return (red - ground) / (red.flatten(1).amax(1)[:, None, None] - ground), truths
+
+
+def test_boxes_are_tight_around_the_shapes_and_apart(canvases):
+    counts = []
+    for cover, truth in zip(*canvases, strict=True):
+        counts.append(len(truth["labels"]))
+        apart = box_iou(truth["boxes"], truth["boxes"])
+        assert truth["boxes"].min() >= 0 and truth["boxes"].max() <= 96 and apart.sum() == pytest.approx(counts[-1])
+        outside = cover > 0.02
+        for x1, y1, x2, y2 in truth["boxes"].tolist():
+            left, top, right, bottom = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
+            rows, columns = (cover[top:bottom, left:right] > 0.02).nonzero().T
+            reach = [left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1]
+            assert max(abs(a - b) for a, b in zip(reach, (x1, y1, x2, y2), strict=True)) <= 1.25
+            outside[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = False
+        assert not outside.any()
+    assert set(counts) == {1, 2, 3, 4}
+
+
+def test_labels_name_the_shapes(canvases):
+    """The outline that fits a box best, of all shapes in 90 turns, is the one its label names."""
+    side, outlines, looks, ratios = 24, list(images.SHAPES.items()), [], []
+    for name, corners in outlines:
+        for angle in torch.arange(90) * 4 * math.pi / 180:
+            c, s = math.cos(angle), math.sin(angle)
+            turned = torch.tensor(corners, dtype=torch.float64) @ torch.tensor([[c, s], [-s, c]], dtype=torch.float64)
+            low, extent = turned.amin(0), turned.amax(0) - turned.amin(0)
+            look = Image.new("L", (side, side))
+            for scale, ink in ((1.0, 1), (0.6, 0)) if name == "ring" else ((1.0, 1),):
+                placed = (scale * turned - low) / extent * side
+                ImageDraw.Draw(look).polygon(placed.flatten().tolist(), fill=ink)
+            looks.append(torch.from_numpy(np.array(look)).double())
+            ratios.append(math.log(extent[0] / extent[1]))
+    looks, ratios, right = torch.stack(looks), torch.tensor(ratios), []
+    for cover, truth in zip(*canvases, strict=True):
+        for (x1, y1, x2, y2), label in zip(truth["boxes"].tolist(), truth["labels"].tolist(), strict=True):
+            at_y, at_x = (lo + (torch.arange(side) + 0.5) * (hi - lo) / side for lo, hi in ((y1, y2), (x1, x2)))
+            seen = cover[at_y.long()][:, at_x.long()] > 0.5
+            off = (looks - seen.double()).abs().mean((1, 2)) + (ratios - math.log((x2 - x1) / (y2 - y1))).abs()
+            right.append(off.argmin().item() // 90 + 1 == label)
+    assert len(right) > 80 and sum(right) > 0.95 * len(right)
+    assert {label for truth in canvases[1] for label in truth["labels"].tolist()} == set(range(1, 11))
+
+
+def test_canvases_are_the_same_for_the_same_seed():
+    pixels, truths = detection.draw_canvases(3, 7)
+    again, (other, _) = detection.draw_canvases(3, 7), detection.draw_canvases(3, 8)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 3, 96, 96) and truths[0]["labels"].dtype == torch.int64
+    assert torch.equal(pixels, again[0]) and equal(truths, again[1]) and not torch.equal(pixels, other)
+
+
+def saved_backbone(path):
+    torch.manual_seed(5)
+    state = common.resnet8().state_dict()
+    torch.save(state, path)
+    return state
+
+
+def test_detection_starts_both_alike_but_for_the_backbone(tmp_path, monkeypatch):
+    """A run of two steps, as the command line starts it."""
+    state, started, train = saved_backbone(tmp_path / "backbone.pt"), [], detection.train
+
+    def spy(model, pixels, truths, *rest):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        train(model, pixels, truths, *rest)
+        started.append((before, pixels, truths, rest, model.state_dict()))
+
+    for name, value in (("train", spy), ("HELD_OUT", 4), ("BATCH", 3)):
+        monkeypatch.setattr(detection, name, value)
+    flags = ["--images", "4", "--steps", "2", "--seeds", "3"]
+    lines = detection.main(["--init", str(tmp_path / "backbone.pt"), *flags]).split("\n")
+    assert len(lines) == 3 and lines[2].startswith("| 4 | 0.") and lines[0].endswith("| AP50 from random weights |")
+    (ours, *given, end), (random, *same, other_end) = started
+    assert equal(given, same) and given[2] == (3, 2, 0.001)
+    body = "backbone.body."
+    inside = {name.removeprefix(body): value for name, value in ours.items() if name.startswith(body)}
+    assert inside and all(torch.equal(value, state[name]) for name, value in inside.items())
+    for name, value in ours.items():
+        alike = torch.equal(value, random[name])
+        assert alike or name.startswith(body), name
+        if name.startswith(body) and "conv" in name:
+            assert not alike
+        moved = [not torch.equal(after[name], before[name]) for before, after in ((ours, end), (random, other_end))]
+        assert all(moved) or "running" not in name  # BN is trained in both
+    assert all(not torch.equal(end[f"{body}conv1.weight"], after) for after in (state["conv1.weight"],))
+
+
+def test_detection_prints_the_range_over_seeds(tmp_path, monkeypatch):
+    state, asked, told = saved_backbone(tmp_path / "backbone.pt"), [], iter([0.9, 0.2, 0.7, 0.4, 1.0, 0.0, 1.0, 0.0])
+
+    def spy(model, pixels, truths, seed, steps, lr):
+        ours = torch.equal(model.backbone.body.conv1.weight, state["conv1.weight"])
+        asked.append((ours, len(pixels), len(truths), seed, steps, lr))
+
+    monkeypatch.setattr(detection, "train", spy)
+    monkeypatch.setattr(detection, "HELD_OUT", 1)
+    monkeypatch.setattr(detection, "evaluate", lambda *_: next(told))
+    path = str(tmp_path / "backbone.pt")
+    flags = ["--images", "3", "2", "--seeds", "0", "4", "--steps", "7", "--lr", "0.1"]
+    shown = detection.main(["--init", path, *flags]).split("\n")
+    assert shown[0] == f"| training canvases | AP50 from {path} | AP50 from random weights |"
+    assert shown[2] == "| 3 | 0.800 (0.700 to 0.900) | 0.300 (0.200 to 0.400) |"
+    assert shown[3] == "| 2 | 1.000 (1.000 to 1.000) | 0.000 (0.000 to 0.000) |"
+    assert asked == [(ours, n, n, seed, 7, 0.1) for n in (3, 2) for seed in (0, 4) for ours in (True, False)]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--init", "nowhere/backbone.pt"], "--init nowhere/backbone.pt: no such file"),
+        (["--init", __file__], "no whole state_dict"),
+        (["--images", "10", "0"], "must be at least 1"),
+        (["--steps", "0"], "must be at least 1"),
+        (["--lr", "nan"], "--lr above 0"),
+        (["--seed", "3"], "did you mean --seeds?"),
+    ],
+)
+def test_detection_refuses_in_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop, common.exit_status():
+        detection.main(flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
 # --------------------------------------------------------------------------------------------- whole scripts, small
