@@ -77,6 +77,16 @@ def test_what_to_type_exists(page):
     assert not unknown, page
 
 
+def test_the_python_section_runs_as_it_stands(tmp_path, monkeypatch):
+    (code,) = re.findall(r"^## From Python\n\n```python\n(.*?)^```", texts()["README.md"], re.M | re.S)
+    assert len(code.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    assert found["h"].shape == (1000, 128) and found["metrics"]["epoch"] == 2 and found["metrics"]["knn_top1"] > 0.2
+    assert (tmp_path / "runs" / "mine" / "neighbours.png").exists()
+
+
 def anchors(text):
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
