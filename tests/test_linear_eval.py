@@ -519,17 +519,18 @@ def test_fine_tuning_is_published_for_few_and_for_many_labels():
 
 
 def test_fine_tuning_trains_the_whole_network_and_the_same_from_random_weights(run_folder, evaluate, tmp_path, capsys):
-    flags = ["--protocol", "finetune", "--label-fraction", 0.5, "--epochs", 3, "--lr", 0.1]
+    flags = ["--protocol", "finetune", "--label-fraction", 0.09, "--epochs", 2, "--lr", 0.1]
     result = evaluate(*flags, "--save", tmp_path / "tuned.pt")
     out = capsys.readouterr().out
-    assert (
-        "nesterov, batch 16, lr 0.1, 3 epochs (SimCLR appendix B.5: 0.05 B/256; 60 epochs of 1%; fitted to 500 " in out
+    words = (
+        "nesterov, batch 16, lr 0.1, 2 epochs (SimCLR appendix B.5: 0.05 B/256; 60 epochs of 1%; fitted to 90 images"
     )
+    assert words in out
     assert "frozen" not in out and "finetune" in out
     _, model, _ = trained(run_folder)
     before, after = model.backbone.state_dict(), torch.load(tmp_path / "tuned.pt", weights_only=True)["backbone"]
     assert all(not torch.equal(before[name], after[name]) for name in before)  # BN's statistics, too
-    assert after["bn1.num_batches_tracked"] - before["bn1.num_batches_tracked"] == 3 * (500 // 16)
+    assert after["bn1.num_batches_tracked"] - before["bn1.num_batches_tracked"] == 2 * (90 // 16)
     control = evaluate("--untrained", *flags)
     assert not torch.allclose(control["logits"], result["logits"], atol=0.1) and 0 < control["linear_top1"] < 1
     assert "before training (random weights)" in capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_the_python_section_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(code, found)
-    assert found["h"].shape == (1000, 128) and found["metrics"]["epoch"] == 2 and found["metrics"]["knn_top1"] > 0.2
+    assert found["h"].shape == (500, 128) and found["metrics"]["epoch"] == 2 and found["metrics"]["knn_top1"] > 0.2
     assert (tmp_path / "runs" / "mine" / "neighbours.png").exists()
 
 
