@@ -59,6 +59,7 @@ STRINGS = {  # what a flag of words may be given
     "backbone": ["resnet8", "resnet18", "resnet19", ""],
     "crops": ["2x16", "1x16,2x8", "2x32", "x", ""],
     "device": ["cpu", "auto", "cuda:7", "meta", ""],
+    "init": ["random", "imagenet", "/no/such/file", __file__, ""],
 }
 TOO_LONG = {"epochs", "compile", "out", "resume", "data_dir", "backbone"}  # epochs: base; a compilation takes a minute
 
