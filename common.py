@@ -115,10 +115,10 @@ def exit_status() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------- flags
 
 SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
-MAY_BE_0 = (
-    r"seed|weight_decay|epochs|.*_(epochs?|every|minutes|iterations|strength|gb)|(micro_batch|queue)_size|hidden_dim"
-)
+MAY_BE_0 = r"seed|weight_decay|(.*_)?epochs?|.*_(every|minutes|iterations|strength|gb)|(micro_batch|queue)_size"
+MAY_BE_0 += "|hidden_dim"
 MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size|bn_splits"  # on --resume, which says so
+# of no matter to the weights:
 NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|tensorboard|.*_every|save_minutes"
 
 
@@ -143,7 +143,9 @@ class RunConfig:
     micro_batch_size: int = 0  # embed a process's batch in pieces of so many, for less memory; BN sees a piece; 0 = off
     backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
-    init: str = "random"  # random, imagenet (torchvision's weights), or a file: a torchvision state_dict, a backbone.pt
+    init: str = (
+        "random"  # random, imagenet (torchvision's), or a file: a state_dict of torchvision (not its fc), a backbone.pt
+    )
     image_size: int = 224  # side of a view in pixels
     lr: float = 0.1  # the highest learning rate; a cosine leads to 0
     weight_decay: float = 0.0  # weight decay, in the gradient (L2)
@@ -485,7 +487,7 @@ def weights_of(init: str, backbone: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise InputError(f"--init {init}: no such file; give random, imagenet, or a file of weights") from None
     except Exception as error:  # of many kinds for what is no state_dict
-        if isinstance(error, (PermissionError, MemoryError)):
+        if isinstance(error, (PermissionError, MemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
             raise
         raise InputError(f"--init {init}: no whole state_dict; give torchvision's, or a run's backbone.pt") from None
     ensure(not bad, f"--init {init}: {bad[:1]} is not finite; give other weights")

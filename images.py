@@ -107,13 +107,11 @@ class Images:
             for batch in pieces:
                 views, bad = zip(*(next(arriving) for _ in batch), strict=True)
                 for line in {line for piece in bad for lines in piece for line in lines.splitlines()}:
-                    index, why = line.split(" ", 1)
-                    if int(index) not in self.bad:
-                        self.bad.add(int(index))
-                        print(
-                            f"\nwarning: skipped {self.paths[int(index)]}: {why}; another image stands in",
-                            file=sys.stderr,
-                        )
+                    row, why = int(line.split(" ")[0]), line.split(" ", 1)[1]
+                    if row not in self.bad:
+                        words = f"skipped {self.paths[row]}: {why}; another image stands in"
+                        print(f"\nwarning: {words}", file=sys.stderr)
+                    self.bad.add(row)
                 there = [[part.to(self.device, non_blocking=True) for part in piece] for piece in views]
                 yield [torch.cat(view).float().div_(255) for view in zip(*there, strict=True)]
         except InputError as error:  # a worker's, with its traceback in the text
