@@ -143,9 +143,7 @@ class RunConfig:
     micro_batch_size: int = 0  # embed a process's batch in pieces of so many, for less memory; BN sees a piece; 0 = off
     backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
-    init: str = (
-        "random"  # random, imagenet (torchvision's), or a file: a state_dict of torchvision (not its fc), a backbone.pt
-    )
+    init: str = "random"  # random, imagenet (torchvision's), or a file: a state_dict (fc left out), a backbone.pt
     image_size: int = 224  # side of a view in pixels
     lr: float = 0.1  # the highest learning rate; a cosine leads to 0
     weight_decay: float = 0.0  # weight decay, in the gradient (L2)
