@@ -116,7 +116,7 @@ def exit_status() -> Iterator[None]:
 
 SHARES = r"(.*_)?(momentum|scale)|(blur|solarize)(_\d)?"  # flags from 0 to 1, by their names
 MAY_BE_0 = r"seed|weight_decay|(.*_)?epochs?|.*_(every|minutes|iterations|strength|gb)|(micro_batch|queue)_size"
-MAY_BE_0 += "|hidden_dim"
+MAY_BE_0 += "|hidden_dim|epsilon"
 MAY_CHANGE = r"data|epochs|lr|weight_decay|warmup_epochs|micro_batch_size|bn_splits"  # on --resume, which says so
 # of no matter to the weights:
 NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backend|tensorboard|.*_every|save_minutes"

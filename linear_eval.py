@@ -434,10 +434,11 @@ def setting_of(args: argparse.Namespace, method: str, n: int) -> Published:
     """The setting of `--protocol paper` or `finetune`: as published, fitted to n images where they are few, and with
     what is given by hand."""
     world, tune = images.share()[1], args.protocol == "finetune"
-    how = PUBLISHED[method]
+    table = FINETUNING if tune else PUBLISHED
+    method = method if method in table else "simclr"  # whose recipe the others, such as pairwise.py, take
+    how = table[method]
     if tune:
-        method = method if method in FINETUNING else "simclr"
-        how = FINETUNING[method]._replace(**{"epochs": FEW_EPOCHS[method]} if args.label_fraction < 0.1 else {})
+        how = how._replace(**{"epochs": FEW_EPOCHS[method]} if args.label_fraction < 0.1 else {})
     fitted = common.fitted_batch(n, how.batch_size)
     fitted -= fitted % world if tune else 0
     by_hand = {name: getattr(args, name) for name in BY_HAND if getattr(args, name) is not None}

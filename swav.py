@@ -109,6 +109,7 @@ class Config(RunConfig):
         fits = self.small_crop_min_scale <= self.crop_min_scale or not small
         common.ensure(fits, "--small-crop-min-scale: at most --crop-min-scale, where the areas of small crops end")
         common.ensure(self.batch_size > 1, "--batch-size 1: one image has no clusters; give 2 or more")
+        common.ensure(self.epsilon > 0, "--epsilon 0.0: must be a number above 0")
         common.ensure(self.prototypes > 1, "--prototypes 1: there is nothing to tell apart; give 2 or more")
         common.ensure(self.jitter_strength <= 2.5, "--jitter-strength: at most 2.5, half a circle of hue")
 

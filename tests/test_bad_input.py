@@ -14,6 +14,7 @@ from PIL import Image
 import byol
 import common
 import moco
+import pairwise
 import simclr
 import simsiam
 import supcon
@@ -338,6 +339,14 @@ REFUSED = {
         (["--mechanism", "end-to-end", "--batch-size", "1"], "--batch-size 1: no negatives"),
         (["--mechanism", "end-to-end", "--loss-backend", "blocked"], "--loss-backend blocked: end-to-end has"),
         (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
+    ],
+    pairwise: [
+        (["--loss", "best"], "argument --loss: invalid choice: 'best'"),
+        (["--margin", "0"], "--margin 0.0: must be a number above 0"),
+        (["--epsilon", "-1"], "--epsilon -1.0: must be a number at least 0"),
+        (["--negatives", "hard"], "argument --negatives: invalid choice: 'hard'"),
+        (["--batch-size", "1"], "--batch-size 1: there are no negatives; give 2 or more"),
+        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
     ],
     byol: [
         (["--momentum", "1.5"], "--momentum 1.5: must be a number at least 0 and at most 1"),

@@ -35,7 +35,7 @@ import simclr
 from tests.helpers import ROOT, equal, python, same_run, saved
 
 CPU = torch.device("cpu")
-METHODS = ["simclr", "moco", "byol", "simsiam", "supcon", "swav"]
+METHODS = ["simclr", "moco", "byol", "simsiam", "supcon", "swav", "pairwise"]
 PICTURES, LABELS = images.make_shapes(110, 0, 16)  # 100 to train on: 3 steps of 30, and 10 held out
 
 

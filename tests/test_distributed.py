@@ -24,13 +24,14 @@ import common
 import images
 import linear_eval
 import moco
+import pairwise
 import simclr
 import simsiam
 import supcon
 import swav
 from tests.helpers import ROOT, equal, python, same_run, saved
 
-METHODS = {"byol": byol, "moco": moco, "simclr": simclr, "simsiam": simsiam, "supcon": supcon, "swav": swav}
+METHODS = {module.__name__: module for module in (byol, moco, pairwise, simclr, simsiam, supcon, swav)}
 CASES = {
     "simclr": {"optimizer": "lars", "lr": 1.0},
     "simclr sgd": {},
@@ -51,6 +52,7 @@ CASES = {
     "supcon": {"optimizer": "lars", "lr": 1.0},
     "supcon in": {"loss": "in", "optimizer": "sgd"},
     "supcon cross-entropy": {"loss": "cross-entropy", "optimizer": "sgd"},
+    "pairwise": {"loss": "nce", "negatives": "other-class"},
     "fine-tuning": {},
 }
 

@@ -21,13 +21,14 @@ import common
 import images
 import linear_eval
 import moco
+import pairwise
 import simclr
 import simsiam
 import supcon
 import swav
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-METHODS = [simclr, moco, byol, simsiam, supcon, swav]
+METHODS = [simclr, moco, byol, simsiam, supcon, swav, pairwise]
 TINY = ["--preset", "demo", "--epochs", "1", "--batch-size", "16", "--image-size", "16", "--workers", "1"]
 pytestmark = pytest.mark.slow
 
