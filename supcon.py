@@ -18,7 +18,7 @@ learns better (section 3.2.2).
     paper                       here                       flag
     Aug(x)                      augment                    --crop-min-scale, --jitter-strength
     Enc, r                      model.backbone, h          --backbone, --stem
-    Proj, z                     model.projector, z         --hidden-dim, --projection-dim
+    Proj, z                     model.projector, z         --projection-head, --hidden-dim, --projection-dim
     tau                         temperature                --temperature, --base-temperature
     L_out, L_in                 sup_con                    --loss out, --loss in
     the cross-entropy baseline  classifier                 --loss cross-entropy
@@ -32,7 +32,7 @@ The demo ends at a kNN of 0.960 to 0.979, raw pixels at 0.726 (five seeds; Xeon 
 Not as in the paper: its best augmentation, AutoAugment, is not here (the views are those of the authors' code for
 CIFAR). The baseline runs by SupCon's recipe; the authors' code trains it at lr 0.8 with one view, cropped and flipped.
 The learning rate moves at every step (theirs at every epoch, down to a thousandth). Max-margin, the other baseline, is
-benchmarks/max_margin.py.
+benchmarks/supervised.py.
 """
 
 from dataclasses import dataclass
@@ -80,6 +80,7 @@ class Config(RunConfig):
     lr: float = 7.2  # learning rate, not scaled by N (ours: 0.3 N / 256, which is SimCLR's)
     weight_decay: float = 1e-6  # weight decay; with lars not on BN and biases (SimCLR's)
     warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (code: for N > 256)
+    projection_head: Literal["linear", "mlp"] = "mlp"  # Proj (section 3.1 names both)
     hidden_dim: int = 0  # width of Proj's hidden layer; 0 = the width of h (code; section 3.1: 2048)
     projection_dim: int = 128  # width of z (section 3.1)
     crop_min_scale: float = 0.2  # least area of a crop; the most is 1 (code)
@@ -121,6 +122,8 @@ class SupCon(nn.Module):
         if config.loss != "cross-entropy":
             hidden, self.dim = config.hidden_dim or d, config.projection_dim
             self.projector = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, self.dim))
+            if config.projection_head == "linear":
+                self.projector = nn.Linear(d, self.dim)
 
     def embed(self, x: Tensor) -> Tensor:
         return self.projector(self.backbone(x))

@@ -1,4 +1,4 @@
-"""The ablations of the papers, in short runs on the embedded data: a row is the demo with some flags changed.
+"""The ablations of the papers, in short runs on the embedded data: a row is the demo at 16 pixels, some flags changed.
 
     python benchmarks/ablations.py                     every table
     python benchmarks/ablations.py moco                the tables of one method
@@ -12,12 +12,13 @@ Prints each table as it is done and writes it to --out as CSV, the tables of col
 seed); exits 1 when a run failed. kNN is that of h on the held-out images after the last epoch; loss, std, rank and
 cos2 are the last epoch's: std over its healthy value 1/sqrt(d), cos2 the mean squared cosine of the outputs of two
 images, which is 1 when all lie on one line. A row that an earlier table had, such as the default, is not run again.
-What takes more than a flag is a script of its own: simsiam_section5.py, max_margin.py, augmentations.py.
+What takes more than a flag is a script of its own: augmentations.py, supervised.py, simsiam_section5.py, ...
 """
 
 import argparse
 import csv
 import importlib
+import json
 import math
 import os
 import shlex
@@ -29,12 +30,76 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = 8  # steps between two points of a picture
-COLUMNS = ("flags", "kNN", "loss", "std", "rank", "cos2", "seconds")
+SMALL = "--image-size 16"  # of every row: a third of the time of 32 pixels, and kNN has room above and below
+COLUMNS = ("flags", "kNN", "kNN of g(h)", "loss", "std", "rank", "cos2", "seconds")
+LOSSES = ("infonce", "mine", "triplet", "soft-triplet", "n-pair", "lifted", "sigmoid-triplet", "linear")
+LOSSES += ("margin", "hinge", "nce")  # of pairwise.py
 DEMOS = ("simclr", "moco", "byol", "simsiam", "supcon", "swav")
 
 # method -> table -> (what it asks, flags of every row, rows)
 TABLES = {
+    "pairwise": {
+        "loss": (
+            "the losses of the family, and the three outside",
+            "",
+            [f"--loss {loss}" for loss in LOSSES],
+        ),
+        "choices": (
+            "InfoNCE with and without the positive in the denominator, and negatives of other classes alone",
+            "",
+            ["", "--epsilon 0", "--negatives other-class", "--loss linear", "--loss linear --negatives other-class"],
+        ),
+        "length": (
+            "z of any length: what has no bound on its pull",
+            "--no-normalize",
+            [f"--loss {loss}" for loss in ("n-pair", "triplet", "sigmoid-triplet", "margin", "linear")],
+        ),
+    },
+    "simclr": {
+        "head": (
+            "g, and h against g(h) (SimCLR, section 4.2 and figure 8: no head is more than 10 points behind the mlp, a "
+            "linear one 3; the width of z matters little; h is more than 10 ahead of g(h))",
+            "",
+            [
+                *["", "--projection-head none", "--projection-head linear"],
+                *["--projection-dim 8", "--projection-dim 256", "--projection-head linear --projection-dim 256"],
+            ],
+        ),
+        "temperature": (
+            "tau, 0.2 by default (SimCLR, table 5, linear: 0.05 59.7, 0.1 64.4, 0.5 60.7, 1 58.0)",
+            "",
+            ["", *(f"--temperature {tau}" for tau in (0.05, 0.1, 0.5, 1))],
+        ),
+        "batch-size": (
+            "N against epochs, the rate scaled with N (SimCLR, figure 9: with few epochs large batches are far ahead, "
+            "with many the gap closes)",
+            "",
+            [f"--batch-size {n} --epochs {epochs}" for epochs in (2, 5, 10) for n in (32, 128, 512)],
+        ),
+        "against-byol": (
+            "SimCLR as the batch shrinks, at BYOL's epochs (BYOL, figure 3: it loses more than BYOL)",
+            "--epochs 11",
+            [f"--batch-size {n}" for n in (256, 128, 64, 32)],
+        ),
+    },
     "moco": {
+        "queue-size": (
+            "K, 1024 by default (MoCo, figure 3: more is better, up to 65536)",
+            "",
+            [f"--queue-size {k}" for k in (64, 256, 1024, 4096)],
+        ),
+        "v1-to-v2": (
+            "from v1 to v2 by steps (MoCo v2, table 1, 200 epochs, linear: 60.6; mlp 66.2; stronger views 63.4; both "
+            "67.3; and cosine 67.5)",
+            "",
+            [
+                "--augmentation v1 --schedule steps",
+                "--augmentation v1 --schedule steps --projection-head mlp",
+                "--augmentation v2 --schedule steps",
+                "--augmentation v2 --schedule steps --projection-head mlp",
+                "--augmentation v2 --schedule cosine --projection-head mlp",
+            ],
+        ),
         "momentum": (
             "m of the key encoder (MoCo, section 4.1: 0 fails; 0.9 55.2, 0.99 57.8, 0.999 59.0, 0.9999 58.9)",
             "",
@@ -59,6 +124,12 @@ TABLES = {
             ["", "--momentum 0", "--momentum 0.99", "--momentum 1", "--no-predictor"],
         ),
         "symmetry": ("both directions or one, at equal epochs", "", ["", "--no-symmetric"]),
+        "against-simclr": (
+            "BYOL as the batch shrinks, the rate scaled with it (BYOL, figure 3: from 4096 to 256 it loses 0.7 points, "
+            "SimCLR more)",
+            "",
+            [f"--batch-size {n}" for n in (256, 128, 64, 32)],
+        ),
     },
     "simsiam": {
         "collapse": (
@@ -90,14 +161,6 @@ TABLES = {
             "which views are predicted (SimSiam, section 4.6: 68.1, one direction 64.8)",
             "",
             ["", "--no-symmetric"],
-        ),
-    },
-    "supcon": {
-        "loss": (
-            "what learns from the labels (SupCon, table 2, CIFAR-10: 96.0, cross-entropy 95.0; section 3.2: in is "
-            "worse than out)",
-            "",
-            ["", "--loss in", "--loss cross-entropy"],
         ),
     },
     "swav": {
@@ -143,7 +206,8 @@ def traced(method: str, argv: list[str]) -> None:
     common.Run.log = traced_log
     with common.exit_status():
         config = common.parse_args(script.Config, argv)
-        script.train(config)
+        metrics = script.train(config)
+        (Path(config.out) / "metrics.json").write_text(json.dumps(metrics))
         with (Path(config.out) / "trace.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("step", "loss", "std", "cos2"), *rows])
 
@@ -165,6 +229,8 @@ def measure(command: list[str], said: str, out: Path, threads: int) -> dict[str,
         return (done.stderr.strip() or "killed").split("\n")[-1]
     row = last_row(out / "log.csv")
     found = {"kNN": row["knn_top1"], "loss": row["loss"], "rank": row["effective_rank"], "seconds": seconds}
+    if (out / "metrics.json").exists():
+        found["kNN of g(h)"] = json.loads((out / "metrics.json").read_text())["knn g(h)"]
     return found | (last_row(out / "trace.csv") if (out / "trace.csv").exists() else {})
 
 
@@ -196,11 +262,11 @@ def cells(row: str, found: list[dict[str, float] | str]) -> list[str]:
     """A line of a table: the mean over seeds, and the range of kNN."""
     whole = [figures for figures in found if isinstance(figures, dict)]
     if len(whole) < len(found):
-        return [row, "failed", next(why for why in found if isinstance(why, str)), "", "", "", ""]
+        return [row, "failed", next(why for why in found if isinstance(why, str)), *[""] * (len(COLUMNS) - 3)]
     mean = {name: sum(figures[name] for figures in whole) / len(whole) for name in COLUMNS[1:]}
     low, high = (pick(figures["kNN"] for figures in whole) for pick in (min, max))
-    knn = f"{mean['kNN']:.3f}" + f" ({low:.2f}-{high:.2f})" * (len(whole) > 1)
-    form = {"loss": ".3f", "std": ".2f", "rank": ".1f", "cos2": ".2f", "seconds": ".0f"}
+    knn = f"{mean['kNN']:.3f}" + f" ({low:.3f} to {high:.3f})" * (len(whole) > 1)
+    form = {"kNN of g(h)": ".3f", "loss": ".3f", "std": ".2f", "rank": ".1f", "cos2": ".2f", "seconds": ".0f"}
     return [row, knn, *(f"{mean[name]:{places}}" for name, places in form.items())]
 
 
@@ -260,7 +326,7 @@ def main() -> int:
         if method == "demos":
             continue
         question, shared, rows = TABLES[method][name]
-        shared, started = f"{shared} {args.more}".strip(), time.monotonic()
+        shared, started = " ".join(f"{SMALL} {shared} {args.more}".split()), time.monotonic()
         out = Path(args.out).resolve() / full
         out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:

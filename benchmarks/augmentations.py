@@ -99,20 +99,45 @@ def main(argv: list[str] | None = None) -> str:
     flags = table.parser(__doc__, "augmentations")
     flags.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="of the matrix (default: all seven)")
     args, rest = flags.parse_known_args(argv)
-    base, lines = table.base_config(Config, rest, ("blur", "lr_scaling")), []
+    base, lines, means = table.base_config(Config, rest, ("blur", "lr_scaling")), [], []
     for first in args.ops:
         cells = [[first] if first == second else [first, second] for second in args.ops]
         line = []
+        means.append([])
         for ops in cells:
             name, found = ", ".join(ops), []
             for seed in args.seeds:
                 config = table.changed(base, seed=seed, out=f"{args.out}/{'-'.join(ops)}-seed-{seed}")
                 found.append(table.run(f"{name}, seed {seed}", lambda c=config, ops=ops: train(c, ops))["linear_top1"])
             line.append(table.over_seeds(found))
+            means[-1].append(sum(found) / len(found))
         lines.append([first, *line])
     matrix = table.markdown(["first, then", *args.ops], lines)
     print(f"\npython simclr.py {' '.join(rest)}, one branch, seeds {', '.join(map(str, args.seeds))}\n\n{matrix}")
+    draw(means, args.ops, Path(args.out) / "augmentations.png")
     return matrix
+
+
+def draw(means: list[list[float]], ops: list[str], path: Path) -> None:
+    """The matrix as a heat map: rows are the first operation, columns the second; needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: matplotlib is not installed (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(1.5 + 0.75 * len(ops), 1 + 0.65 * len(ops)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(means, cmap="viridis")
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for i, row in enumerate(means):
+        for j, value in enumerate(row):
+            axes.text(
+                j, i, f"{100 * value:.1f}", ha="center", va="center", color="white" if value < middle else "black"
+            )
+    axes.set(xticks=range(len(ops)), yticks=range(len(ops)), xticklabels=ops, yticklabels=ops)
+    axes.set(xlabel="second", ylabel="first", title="linear top-1 of h, %")
+    figure.colorbar(image, shrink=0.8)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,12 @@ def linear(config: RunConfig) -> dict[str, Any]:
     return {"linear_top1": linear_eval.main([str(config.out)])["linear_top1"]}
 
 
-def over_seeds(values: Sequence[float | None]) -> str:
+def over_seeds(values: Sequence[float | None], places: int = 3) -> str:
     """The mean, and from ... to where there are several seeds; empty where nothing was measured."""
     if None in values:
         return ""
     mean, low, high = sum(values) / len(values), min(values), max(values)
-    return f"{mean:.3f}" + f" ({low:.3f} to {high:.3f})" * (len(values) > 1)
+    return f"{mean:.{places}f}" + f" ({low:.{places}f} to {high:.{places}f})" * (len(values) > 1)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

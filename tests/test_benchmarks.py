@@ -1,5 +1,6 @@
 """The experiments of benchmarks/: their formulas, and each on a few images."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -15,10 +16,21 @@ from torchvision.transforms import functional as TF
 
 import common
 import images
+import pairwise
 import simclr
 import simsiam
 import supcon
-from benchmarks import ablations, augmentations, detection, max_margin, pipeline, simsiam_section5, table
+from benchmarks import (
+    ablations,
+    augmentations,
+    detection,
+    eigenspaces,
+    pipeline,
+    simsiam_section5,
+    supervised,
+    table,
+    theory,
+)
 from tests.helpers import ROOT, equal, saved
 
 TINY = ["--epochs", "1", "--batch-size", "40", "--knn-every", "0"]
@@ -131,7 +143,7 @@ def test_twice_the_pairs_is_the_mean_of_two_directions():
     assert torch.allclose(loss, expected) and torch.equal(z, z1) and len(seen) == 4
 
 
-# ----------------------------------------------------------------------------------------------------- max_margin
+# ----------------------------------------------------------------------------------------------------- supervised
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
@@ -144,7 +156,7 @@ def test_large_margin_is_the_published_formula(m, lam):
     torch.manual_seed(m)
     h, w, labels = torch.randn(30, 6).double(), torch.randn(4, 6).double(), torch.randint(4, (30,))
     h[0], h[1] = w[labels[0]], -2 * w[labels[1]]  # angles 0 and pi
-    logits = max_margin.large_margin(h, w, labels, m, lam)
+    logits = supervised.large_margin(h, w, labels, m, lam)
     for i, y in enumerate(labels):
         for c in range(4):
             norm = (h[i].norm() * w[c].norm()).item()
@@ -156,23 +168,125 @@ def test_large_margin_is_the_published_formula(m, lam):
 def test_large_margin_falls_with_the_angle_and_has_a_gradient():
     angle = torch.linspace(0, math.pi, 200, dtype=torch.float64)
     h = torch.stack([angle.cos(), angle.sin()], 1).requires_grad_()
-    logits = max_margin.large_margin(h, torch.eye(2).double(), torch.zeros(200, dtype=torch.int64), 4, 0.0)
+    logits = supervised.large_margin(h, torch.eye(2).double(), torch.zeros(200, dtype=torch.int64), 4, 0.0)
     assert (logits[1:, 0] < logits[:-1, 0]).all() and (logits[:, 0] <= angle.cos() + 1e-12).all()
     logits[:, 0].sum().backward()
     assert torch.isfinite(h.grad).all()
     w = torch.randn(3, 5, requires_grad=True)  # a feature of length 0: no NaN
-    max_margin.large_margin(torch.zeros(2, 5), w, torch.tensor([0, 1]), 4, 0.0).sum().backward()
+    supervised.large_margin(torch.zeros(2, 5), w, torch.tensor([0, 1]), 4, 0.0).sum().backward()
     assert torch.isfinite(w.grad).all()
 
 
 def test_the_margin_comes_gradually():
     torch.manual_seed(0)
     h, w, y = torch.randn(10, 6), torch.randn(3, 6), torch.randint(3, (10,))
-    without, whole = (F.cross_entropy(max_margin.large_margin(h, w, y, m, 0.0), y) for m in (1, 4))
-    first, last = (max_margin.margin_loss(h, w, y, 4, progress) for progress in (0.0, 1.0))
+    without, whole = (F.cross_entropy(supervised.large_margin(h, w, y, m, 0.0), y) for m in (1, 4))
+    first, last = (supervised.margin_loss(h, w, y, 4, progress) for progress in (0.0, 1.0))
     assert torch.allclose(without, F.cross_entropy(h @ w.T, y)) and whole > 1.5 * without
     assert abs(first - without) < 0.02 * without  # lam 1000
     torch.testing.assert_close(last, whole, rtol=0.01, atol=0.01)
+
+
+def test_without_length_equation_2_is_of_z_as_it_is():
+    torch.manual_seed(0)
+    z, y = torch.randn(10, 5).double(), torch.tensor([0, 1, 0, 2, 2] * 2)
+    ours = supervised.not_normalized(F.normalize(z, dim=1), y, 0.3, loss="out")
+    assert torch.allclose(ours, supcon.sup_con(z, y, 0.3))
+    assert torch.allclose(
+        supervised.not_normalized(2 * z, y, 4.0, loss="out"), supervised.not_normalized(z, y, 1.0, loss="out")
+    )
+    ours = 0
+    for i in range(10):
+        s = [torch.dot(z[i], z[a]) for a in range(10)]
+        below = sum(torch.exp(s[a]) for a in range(10) if a != i)
+        positives = [p for p in range(10) if p != i and y[p] == y[i]]
+        ours -= sum(torch.log(torch.exp(s[p]) / below) for p in positives) / len(positives) / 10
+    assert torch.allclose(supervised.not_normalized(z, y, 1.0, loss="out"), ours)
+
+
+def test_the_row_without_length_trains_by_it_and_is_judged(few_shapes, tmp_path, monkeypatch):
+    asked, loss = [], supervised.not_normalized
+    monkeypatch.setattr(supervised, "not_normalized", lambda *a, **k: asked.append((a[2], k)) or loss(*a, **k))
+    config = supcon.Config.preset("demo", epochs=1, batch_size=50, knn_every=0, image_size=16, out=str(tmp_path))
+    metrics = supervised.ROWS["not normalised, tau = 10"][0](config)
+    assert asked == [(10.0, {"loss": "out"})] * 4 and 0 < metrics["linear_top1"] <= 1
+    assert supcon.sup_con is not loss and common.load_run(tmp_path)[0].loss_backend == "naive"
+
+
+# ---------------------------------------------------------------------------------------------------- eigenspaces
+
+
+def test_cosines_are_1_where_the_eigenspaces_are_one():
+    torch.manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(6, 6).double())[0]
+    of_f, of_w = torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]).double(), torch.tensor([0.2, 2, 1, -1, 3, 1]).double()
+    f, w = (vectors @ torch.diag(values) @ vectors.T for values in (of_f, of_w))
+    found, values = eigenspaces.cosines(f, w)
+    assert torch.allclose(values, of_f) and torch.allclose(found, of_w.sign())
+    assert eigenspaces.aligned(found, values) == (0.6, 5)  # the five largest hold 99% of 11.6
+    turned = vectors.roll(1, 1)  # every eigenvector of F is moved to the next
+    assert eigenspaces.cosines(f, vectors @ turned.T)[0].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("method", eigenspaces.METHODS)
+def test_eigenspaces_are_those_of_the_predictor_and_of_its_input(method, few_shapes, tmp_path, monkeypatch, capsys):
+    given = ["--epochs", "2", "--batch-size", "50", "--knn-every", "2", "--image-size", "16"]
+    seen, cosines = [], eigenspaces.cosines
+    monkeypatch.setattr(eigenspaces, "cosines", lambda f, w: seen.append((f, w.clone())) or cosines(f, w))
+    text = eigenspaces.main(["--methods", method, "--seeds", "3", "--out", str(tmp_path), *given])
+    assert text.count(f"| {method} |") == 5 and f"{method}, seed 3: kNN top-1 0." in capsys.readouterr().out
+    assert len(seen) == 8 and (tmp_path / "eigenspaces.png").exists()
+    dim = len(seen[0][0])
+    for (f, w), (_, later) in itertools.pairwise(seen):
+        assert torch.allclose(f, f.T) and torch.linalg.eigvalsh(f).min() > -1e-4 and not torch.equal(w, later)
+    assert seen[0][0].trace() > 0 and seen[0][1].shape == (dim, dim)
+    with pytest.raises(common.InputError, match="--predictor"):
+        eigenspaces.main(["--methods", method, "--no-predictor" if method == "byol" else "--predictor=none"])
+
+
+# --------------------------------------------------------------------------------------------------------- theory
+
+
+def test_the_gaussians_have_the_information_and_the_ratio_that_is_said():
+    torch.manual_seed(0)
+    rho = theory.rho_of(3.0, 4)
+    assert -4 / 2 * math.log(1 - rho**2) == pytest.approx(3.0)
+    x, y = theory.correlated(200_000, 4, rho)
+    assert (x * y).mean().item() == pytest.approx(rho, abs=0.01) and y.var().item() == pytest.approx(1, abs=0.01)
+    x, y = x[:50].double(), y[:50].double()
+    joint = torch.distributions.MultivariateNormal(torch.zeros(2).double(), torch.tensor([[1, rho], [rho, 1]]).double())
+    one = torch.distributions.Normal(0.0, 1.0)
+    expected = joint.log_prob(torch.stack([x, y], -1)) - one.log_prob(x) - one.log_prob(y)
+    assert torch.allclose(theory.log_ratio(x, y, rho), expected.sum(1))
+
+
+def test_the_estimate_is_the_published_one_and_below_the_truth(monkeypatch):
+    monkeypatch.setattr(theory, "HELD_OUT", 16_384)
+    torch.manual_seed(0)
+    scores = torch.randn(5, 4, 4).double()
+    expected = [-torch.log(torch.exp(g[i, i]) / torch.exp(g[i]).sum()) for g in scores for i in range(4)]
+    assert torch.allclose(theory.info_nce(scores), torch.stack(expected).mean())
+    rho = theory.rho_of(2.0, 10)
+    best = lambda x, y: theory.log_ratio(x[..., :, None, :], y[..., None, :, :], rho)  # noqa: E731
+    found = [theory.estimate(best, 10, rho, k) for k in (2, 16, 256)]
+    assert found[0] < found[1] < found[2] < 2.05 and found[0] < math.log(2) and found[2] > 1.9
+    assert theory.estimate(lambda x, y: torch.zeros(1024 // 4, 4, 4), 10, rho, 4) == pytest.approx(0, abs=1e-5)
+
+
+def test_theory_prints_its_tables_and_pictures(few_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(theory, "HELD_OUT", 2048)
+    flags = ["--steps", "40", "--out", str(tmp_path)]
+    ratio = theory.main(["density-ratio", *flags, "--seeds", "0", "1"]).split("\n")[2:]
+    assert [line.split(" | ")[0] for line in ratio] == ["| 0", "| 30", "| 40"]
+    first, last = (float(ratio[i].split(" | ")[1].split()[0]) for i in (0, -1))
+    assert last < first / 2 and ratio[-1].count(" to ") == 2
+    lines = theory.main(["mutual-information", *flags, "--steps", "4"]).split("\n")[2:]
+    assert len(lines) == 18 and all(float(line.split(" | ")[3]) < float(line.split(" | ")[2]) + 0.01 for line in lines)
+    run = tmp_path / "run"
+    pairwise.train(pairwise.Config.preset("demo", epochs=1, batch_size=50, knn_every=0, out=str(run)))
+    found = theory.main(["weights", str(run), *flags])
+    assert all(f"| {name} |" in found for name in pairwise.LOSSES) and "| linear | 1% | 0% |" in found
+    assert {"density_ratio.png", "mutual_information.png", "weights.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
 # -------------------------------------------------------------------------------------------------- augmentations
@@ -410,11 +524,11 @@ def test_a_row_of_simsiam_section5_over_two_seeds(few_shapes, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
-def test_max_margin_runs_and_is_judged(optimizer, few_shapes, tmp_path, monkeypatch):
+def test_supervised_runs_and_is_judged(optimizer, few_shapes, tmp_path, monkeypatch):
     given = {"epochs": 1, "batch_size": 40, "optimizer": optimizer, "lr": 0.05, "knn_every": 0, "out": str(tmp_path)}
-    progress, loss = [], max_margin.margin_loss
-    monkeypatch.setattr(max_margin, "margin_loss", lambda *a: progress.append(a[-1]) or loss(*a))
-    metrics = max_margin.ROWS["max-margin, m = 4"][0](supcon.Config.preset("demo", **given))
+    progress, loss = [], supervised.margin_loss
+    monkeypatch.setattr(supervised, "margin_loss", lambda *a: progress.append(a[-1]) or loss(*a))
+    metrics = supervised.ROWS["max-margin, m = 4"][0](supcon.Config.preset("demo", **given))
     assert 0 < metrics["linear_top1"] <= 1 and progress == [0.0, 0.2, 0.4, 0.6, 0.8]
     classifier = saved(tmp_path, "classifier")
     assert set(classifier) == {"weight"} and classifier["weight"].shape == (10, 128)

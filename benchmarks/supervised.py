@@ -1,10 +1,12 @@
-"""SupCon against its two baselines (table 2): cross-entropy, and the large-margin softmax of Liu et al. 2016.
+"""SupCon's choices, and its two baselines (table 2): cross-entropy, and the large-margin softmax of Liu et al. 2016.
 
-    python benchmarks/max_margin.py                                     every row, by the demo's recipe of supcon.py
-    python benchmarks/max_margin.py --rows supcon "max-margin, m = 4" --seeds 0 1 2 --epochs 5
-    python benchmarks/max_margin.py --data /my/photos --backbone resnet18            any flag of supcon.py
+    python benchmarks/supervised.py                                     every row, by the demo's recipe of supcon.py
+    python benchmarks/supervised.py --rows supcon "max-margin, m = 4" --seeds 0 1 2 --epochs 5
+    python benchmarks/supervised.py --data /my/photos --backbone resnet18            any flag of supcon.py
 
-Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, table 2; Liu, Wen, Yu, Yang, ICML 2016,
+Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, table 2. Its choices are the sum over positives outside
+(L_out) or inside (L_in) the logarithm, a head of one or two layers, and z of length 1; without, z_i . z_a / tau is what
+is left of equation 2. Liu, Wen, Yu, Yang, ICML 2016,
 https://arxiv.org/abs/1612.02295. Of h (N, d), a linear classifier W without bias and the true class y, the logit
 |w_y| |h| cos(a), a the angle between the two, becomes smaller, so that h has to be nearer to w_y than to any other w:
 
@@ -20,6 +22,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -85,14 +88,32 @@ def train(config: Config, m: int) -> dict[str, Any]:
     return run.finish()
 
 
-def judged(config: Config, loss: str, m: int = 0) -> dict[str, Any]:
+def not_normalized(z: Tensor, labels: Tensor, temperature: float, *, loss: str) -> Tensor:
+    """Equation 2 of z (M, d) as it is, for labels (M,) that all occur twice or more."""
+    s = z @ z.T / temperature  # (M, M)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~itself
+    log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+def judged(config: Config, loss: str = "out", m: int = 0, **given: Any) -> dict[str, Any]:
     """Train by `loss`, or with the margin m; the metrics, with the linear classifier's on the frozen h."""
-    config = changed(config, loss=loss)
+    config = changed(config, loss=loss, **given)
     return (train(config, m) if m else supcon.train(config)) | linear(config)
 
 
+def without_length(config: Config, tau: float) -> dict[str, Any]:
+    with mock.patch.object(supcon, "sup_con", not_normalized):
+        return judged(config, temperature=tau, base_temperature=tau, loss_backend="naive")
+
+
 ROWS = {
-    "supcon": (partial(judged, loss="out"), "96.0"),
+    "supcon": (judged, "96.0"),
+    "L_in": (partial(judged, loss="in"), ""),
+    "linear head": (partial(judged, projection_head="linear"), ""),
+    "not normalised, tau = 1": (partial(without_length, tau=1.0), ""),
+    "not normalised, tau = 10": (partial(without_length, tau=10.0), ""),
     "cross-entropy": (partial(judged, loss="cross-entropy"), "95.0"),
     "max-margin, m = 2": (partial(judged, loss="cross-entropy", m=2), ""),
     "max-margin, m = 4": (partial(judged, loss="cross-entropy", m=4), "92.4"),
@@ -102,4 +123,4 @@ COLUMNS = {"linear top-1 of h": "linear_top1", "kNN of h": "knn_top1", "rank": "
 
 if __name__ == "__main__":
     with common.exit_status():
-        compare(parser(__doc__, "max_margin"), Config, ROWS, COLUMNS, ["loss"])
+        compare(parser(__doc__, "supervised"), Config, ROWS, COLUMNS, ["loss", "projection_head"])
