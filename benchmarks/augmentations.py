@@ -119,25 +119,21 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def draw(means: list[list[float]], ops: list[str], path: Path) -> None:
-    """The matrix as a heat map: rows are the first operation, columns the second; needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {path}: matplotlib is not installed (pip install matplotlib)")
-        return
-    figure = Figure(figsize=(1.5 + 0.75 * len(ops), 1 + 0.65 * len(ops)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(means, cmap="viridis")
-    middle = (image.norm.vmin + image.norm.vmax) / 2
-    for i, row in enumerate(means):
-        for j, value in enumerate(row):
-            axes.text(
-                j, i, f"{100 * value:.1f}", ha="center", va="center", color="white" if value < middle else "black"
-            )
-    axes.set(xticks=range(len(ops)), yticks=range(len(ops)), xticklabels=ops, yticklabels=ops)
-    axes.set(xlabel="second", ylabel="first", title="linear top-1 of h, %")
-    figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=80)
+    """The matrix as a heat map: rows are the first operation, columns the second."""
+
+    def heat_map(figure: Any) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(means, cmap="viridis")
+        middle = (image.norm.vmin + image.norm.vmax) / 2
+        for i, row in enumerate(means):
+            for j, value in enumerate(row):
+                ink = "white" if value < middle else "black"
+                axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", color=ink)
+        axes.set(xticks=range(len(ops)), yticks=range(len(ops)), xticklabels=ops, yticklabels=ops)
+        axes.set(xlabel="second", ylabel="first", title="linear top-1 of h, %")
+        figure.colorbar(image, shrink=0.8)
+
+    table.figure(1.5 + 0.75 * len(ops), 1 + 0.65 * len(ops), path, heat_map)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ and measures, with real networks, how near the eigenvectors v_j of F are to eige
 
     cos(v_j, W_p v_j) = v_j . W_p v_j / |W_p v_j|
 
-about 1/sqrt(d) in size for a random W_p. F is a moving mean over some twenty batches. Prints the mean of this cosine
-over the v_j that hold 99% of the trace of F, and draws the cosines of the first seed: eigenvectors of F from the
+about 1/sqrt(d) in size for a random W_p. F is a moving mean over the views of some ten steps. Prints the mean of this
+cosine over the v_j that hold 99% of the trace of F, and draws the cosines of the first seed: eigenvectors of F from the
 largest eigenvalue on are rows, steps are columns, and a line tells how many hold 99%.
 """
 
@@ -65,7 +65,7 @@ def traced(method: str, config: Any) -> list[tuple[int, Tensor, Tensor, float]]:
 
     with mock.patch.object(script, name, Linear), mock.patch.object(common.Run, "log", look):
         metrics = script.train(config)
-    print(f"{method}, seed {config.seed}: kNN top-1 {metrics['knn_top1']}")
+    print(f"{method}, seed {config.seed}: kNN top-1 {table.over_seeds([metrics['knn_top1']])}")
     return seen
 
 
@@ -76,22 +76,18 @@ def aligned(cosine: Tensor, values: Tensor) -> tuple[float, int]:
 
 
 def draw(runs: dict[str, list], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {path}: matplotlib is not installed (pip install matplotlib)")
-        return
-    figure = Figure(figsize=(1 + 5 * len(runs), 3.6), layout="constrained")
-    for axes, (method, seen) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
-        image = torch.stack([cosine[:SHOWN] for _, cosine, *_ in seen], 1).tolist()
-        extent = (0, seen[-1][0], len(image), 0)
-        shown = axes.imshow(
-            image, aspect="auto", extent=extent, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest"
-        )
-        axes.plot([s for s, *_ in seen], [aligned(c, v)[1] for _, c, v, _ in seen], "k", linewidth=1)
-        axes.set(title=method, xlabel="step", ylabel="eigenvector of F", ylim=(len(image), 0))
-    figure.colorbar(shown, label="cos(v, W v)")
-    figure.savefig(path, dpi=80)
+    """The cosines by step and eigenvector, a panel a method."""
+
+    def panels(figure: Any) -> None:
+        for axes, (method, seen) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+            rows = torch.stack([cosine[:SHOWN] for _, cosine, *_ in seen], 1).tolist()
+            shown = {"extent": (0, seen[-1][0], len(rows), 0), "aspect": "auto", "interpolation": "nearest"}
+            image = axes.imshow(rows, **shown, vmin=-1, vmax=1, cmap="RdBu_r")
+            axes.plot([step for step, *_ in seen], [aligned(c, v)[1] for _, c, v, _ in seen], "k", linewidth=1)
+            axes.set(title=method, xlabel="step", ylabel="eigenvector of F", ylim=(len(rows), 0))
+        figure.colorbar(image, label="cos(v, W v)")
+
+    table.figure(1 + 5 * len(runs), 3.6, path, panels)
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -100,7 +96,7 @@ def main(argv: list[str] | None = None) -> str:
     args, rest = parser.parse_known_args(argv)
     lines, first = [], {}
     for method in args.methods:
-        base = table.base_config(METHODS[method][0].Config, rest, ("predictor",))
+        base = table.base_config(METHODS[method][0].Config, rest, ("predictor", "predictor_dim"))
         runs = []
         for seed in args.seeds:
             config = table.changed(base, seed=seed, out=f"{args.out}/{method}-seed-{seed}")

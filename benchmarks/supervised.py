@@ -5,10 +5,12 @@
     python benchmarks/supervised.py --data /my/photos --backbone resnet18            any flag of supcon.py
 
 Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, table 2. Its choices are the sum over positives outside
-(L_out) or inside (L_in) the logarithm, a head of one or two layers, and z of length 1; without, z_i . z_a / tau is what
-is left of equation 2. Liu, Wen, Yu, Yang, ICML 2016,
-https://arxiv.org/abs/1612.02295. Of h (N, d), a linear classifier W without bias and the true class y, the logit
-|w_y| |h| cos(a), a the angle between the two, becomes smaller, so that h has to be nearer to w_y than to any other w:
+(L_out) or inside (L_in) the logarithm, a head of one or two layers, and z of length 1; the rows without it have a tau
+of their own.
+
+Liu, Wen, Yu, Yang, ICML 2016, https://arxiv.org/abs/1612.02295. Of h (N, d), a linear classifier W without bias and the
+true class y, the logit |w_y| |h| cos(a), a the angle between the two, becomes smaller, so that h has to be nearer to
+w_y than to any other w:
 
     |w_y| |h| (lam cos(a) + psi(a)) / (lam + 1)                                                     (equation 9)
     psi(a) = (-1)^k cos(m a) - 2k    on k pi / m <= a <= (k + 1) pi / m                              (equation 6)
@@ -21,6 +23,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -88,23 +91,15 @@ def train(config: Config, m: int) -> dict[str, Any]:
     return run.finish()
 
 
-def not_normalized(z: Tensor, labels: Tensor, temperature: float, *, loss: str) -> Tensor:
-    """Equation 2 of z (M, d) as it is, for labels (M,) that all occur twice or more."""
-    s = z @ z.T / temperature  # (M, M)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (labels[:, None] == labels) & ~itself
-    log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-    return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
-
-
 def judged(config: Config, loss: str = "out", m: int = 0, **given: Any) -> dict[str, Any]:
     """Train by `loss`, or with the margin m; the metrics, with the linear classifier's on the frozen h."""
     config = changed(config, loss=loss, **given)
     return (train(config, m) if m else supcon.train(config)) | linear(config)
 
 
-def without_length(config: Config, tau: float) -> dict[str, Any]:
-    with mock.patch.object(supcon, "sup_con", not_normalized):
+def not_normalized(config: Config, tau: float) -> dict[str, Any]:
+    """`sup_con` whose z keeps its length; L_out takes nothing else of F."""
+    with mock.patch.object(supcon, "F", SimpleNamespace(normalize=lambda z, dim: z)):
         return judged(config, temperature=tau, base_temperature=tau, loss_backend="naive")
 
 
@@ -112,8 +107,8 @@ ROWS = {
     "supcon": (judged, "96.0"),
     "L_in": (partial(judged, loss="in"), ""),
     "linear head": (partial(judged, projection_head="linear"), ""),
-    "not normalised, tau = 1": (partial(without_length, tau=1.0), ""),
-    "not normalised, tau = 10": (partial(without_length, tau=10.0), ""),
+    "not normalised, tau = 1": (partial(not_normalized, tau=1.0), ""),
+    "not normalised, tau = 10": (partial(not_normalized, tau=10.0), ""),
     "cross-entropy": (partial(judged, loss="cross-entropy"), "95.0"),
     "max-margin, m = 2": (partial(judged, loss="cross-entropy", m=2), ""),
     "max-margin, m = 4": (partial(judged, loss="cross-entropy", m=4), "92.4"),

@@ -1,8 +1,9 @@
-"""What the experiments share: their flags, and the table of their rows."""
+"""What the experiments share: their flags, the table of their rows, and how a picture is written."""
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import common
@@ -65,6 +66,18 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figure(width: float, height: float, path: str | Path, draw: Callable) -> None:
+    """`draw(figure)` as a picture of so many inches; a line where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path}: matplotlib is not installed (pip install matplotlib)")
+        return
+    draw(sheet := Figure(figsize=(width, height), layout="constrained"))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.savefig(path, dpi=80)
 
 
 def compare(

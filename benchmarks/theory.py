@@ -27,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import pairwise
-from benchmarks.table import markdown, over_seeds
+from benchmarks.table import figure, markdown, over_seeds
 
 BATCH, HELD_OUT = 1024, 65_536  # pairs of a step, and pairs that an estimate is made on
 
@@ -124,8 +124,9 @@ def mutual_information(args: argparse.Namespace) -> str:
             curves.setdefault(truth, []).append((sum(found) / len(found), sum(ideal) / len(ideal)))
             lines.append([f"{truth:g}", str(k), f"{math.log(k):.2f}", over_seeds(found, 2), over_seeds(ideal, 2)])
             print(lines[-1], file=sys.stderr, flush=True)
-    if figure := new_figure(6, 4):
-        axes = figure.subplots()
+
+    def draw(sheet: Any) -> None:
+        axes = sheet.subplots()
         axes.plot(ks, [math.log(k) for k in ks], "k:", label="log K, the most it can be")
         for i, (truth, points) in enumerate(curves.items()):
             trained, ideal = zip(*points, strict=True)
@@ -135,7 +136,8 @@ def mutual_information(args: argparse.Namespace) -> str:
         axes.set(xscale="log", xlabel="K", ylabel="log K - L, nats")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
-        save(figure, args.out / "mutual_information.png")
+
+    figure(6, 4, args.out / "mutual_information.png", draw)
     return markdown(["I(x; y), nats", "K", "log K", "log K - L, trained", "of the best critic"], lines)
 
 
@@ -162,18 +164,17 @@ def density_ratio(args: argparse.Namespace) -> str:
 
             torch.manual_seed(seed)
             look(args.steps, train(1, rho, k, args.steps, loss, look))
-    if figure := new_figure(11, 3.4):
-        panels = {
-            "log p(y|x) / p(y)": truth,
-            "InfoNCE's critic, x's function off": last["infonce"],
-            "NCE's critic": last["nce"],
-        }
-        for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    shown = {"log p(y|x) / p(y)": truth, "InfoNCE's critic, less a function of x": last["infonce"]}
+    shown |= {"NCE's critic": last["nce"]}
+
+    def draw(sheet: Any) -> None:
+        for axes, (title, values) in zip(sheet.subplots(1, 3), shown.items(), strict=True):
             image = axes.imshow(values.T.tolist(), origin="lower", extent=(-2, 2, -2, 2), vmin=-8, vmax=2)
             axes.contour(values.T.tolist(), levels=[0], extent=(-2, 2, -2, 2), colors="white", linewidths=0.8)
             axes.set(title=title, xlabel="x", ylabel="y")
-        figure.colorbar(image)
-        save(figure, args.out / "density_ratio.png")
+        sheet.colorbar(image)
+
+    figure(11, 3.4, args.out / "density_ratio.png", draw)
     rows = [[str(step), over_seeds(errors["infonce", step]), over_seeds(errors["nce", step])] for step in at]
     return markdown(["steps", "InfoNCE: RMS error, up to a function of x", "NCE: RMS error"], rows)
 
@@ -181,7 +182,8 @@ def density_ratio(args: argparse.Namespace) -> str:
 def weights(args: argparse.Namespace) -> str:
     """alpha_ij by d_i+ - d_ij-, over its mean, of a batch of 256 held-out pictures."""
     config, model = common.load_run(args.run)
-    common.ensure(isinstance(config, pairwise.Config), f"{args.run}: not a run of pairwise.py; give one")
+    ours = isinstance(config, pairwise.Config) and config.normalize and config.negatives == "batch"
+    common.ensure(ours, f"{args.run}: not a run of pairwise.py with z of length 1 and a batch's negatives; give one")
     torch.manual_seed(0)
     data = common.load_data(config, torch.device("cpu"))
     split, crop = data.test or data.train, (config.image_size, (config.crop_min_scale, 1.0))
@@ -196,38 +198,27 @@ def weights(args: argparse.Namespace) -> str:
     lines, curves = [], {}
     for name, loss in pairwise.LOSSES.items():
         n = negatives.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(positive, n, config), n)
+        constants = {constant: getattr(config, constant) for constant in pairwise.CONSTANTS[name]}
+        (gradient,) = torch.autograd.grad(loss(positive, n, **constants), n)
         alpha = -gradient[there]
-        alpha = alpha / alpha.mean()
+        alpha = alpha / alpha.mean().clamp(min=1e-30)
         curves[name] = [
             alpha[bins == i].mean().item() if (bins == i).sum() > 20 else math.nan for i in range(len(middle))
         ]
         hardest = x >= x.quantile(0.99)
         lines.append([name, f"{alpha[hardest].sum() / alpha.sum():.0%}", f"{(alpha == 0).float().mean():.0%}"])
-    if figure := new_figure(9, 4.6):
-        axes = figure.subplots()
+
+    def draw(sheet: Any) -> None:
+        axes = sheet.subplots()
         share = torch.histc(x, len(middle), -1.4, 0.4) / len(x)
         axes.bar(middle.tolist(), (share / share.max()).tolist(), width=0.08, color="lightgrey", label="how many pairs")
         for i, (name, curve) in enumerate(curves.items()):
             axes.plot(middle.tolist(), curve, "-" if i < 8 else "--", marker=".", label=name, linewidth=1.3)
         axes.set(yscale="log", ylim=(0.01, 100), xlabel="d+ - d-: right is harder", ylabel="weight over its mean")
-        figure.legend(loc="outside right center", fontsize="small")
-        save(figure, args.out / "weights.png")
+        sheet.legend(loc="outside right center", fontsize="small")
+
+    figure(9, 4.6, args.out / "weights.png", draw)
     return markdown(["loss", "weight on the hardest 1% of the pairs", "pairs without any"], lines)
-
-
-def new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -238,8 +229,8 @@ def main(argv: list[str] | None = None) -> str:
     what = {"mutual-information": mutual_information, "density-ratio": density_ratio, "weights": weights}
     add("what", choices=what)
     add("run", nargs="?", default="runs/pairwise", help="of weights: the run's folder (default runs/pairwise)")
-    add("--seeds", type=int, nargs="+", default=[0], help="train a critic with each of these (default 0)")
-    add("--steps", type=int, default=3000, help="of a critic (default 3000)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the critics (default 0; weights takes none)")
+    add("--steps", type=int, default=3000, help="that a critic trains for (default 3000)")
     add("--dim", type=int, default=10, help="D of mutual-information (default 10)")
     add("--out", type=Path, default=Path("runs/theory"), help="folder of the pictures (default runs/theory)")
     args = parser.parse_args(argv)

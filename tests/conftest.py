@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if mark in item.keywords and mark not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}; run it by -m {mark}"))
-    items.sort(key=lambda item: item.name != "test_in_a_process_of_its_own")  # the longest first, beside all others
+    items.sort(
+        key=lambda item: item.name != "test_in_a_process_of_its_own"
+    )  # of test_triton_interpreter.py, the longest
 
 
 @pytest.fixture

@@ -187,30 +187,27 @@ def test_the_margin_comes_gradually():
     torch.testing.assert_close(last, whole, rtol=0.01, atol=0.01)
 
 
-def test_without_length_equation_2_is_of_z_as_it_is():
-    torch.manual_seed(0)
-    z, y = torch.randn(10, 5).double(), torch.tensor([0, 1, 0, 2, 2] * 2)
-    ours = supervised.not_normalized(F.normalize(z, dim=1), y, 0.3, loss="out")
-    assert torch.allclose(ours, supcon.sup_con(z, y, 0.3))
-    assert torch.allclose(
-        supervised.not_normalized(2 * z, y, 4.0, loss="out"), supervised.not_normalized(z, y, 1.0, loss="out")
-    )
-    ours = 0
-    for i in range(10):
-        s = [torch.dot(z[i], z[a]) for a in range(10)]
-        below = sum(torch.exp(s[a]) for a in range(10) if a != i)
-        positives = [p for p in range(10) if p != i and y[p] == y[i]]
-        ours -= sum(torch.log(torch.exp(s[p]) / below) for p in positives) / len(positives) / 10
-    assert torch.allclose(supervised.not_normalized(z, y, 1.0, loss="out"), ours)
+def by_equation_2(z, y, tau):
+    """SupCon's loss of z (M, d) as it is, of any length, with loops."""
+    total = 0
+    for i in range(len(z)):
+        s = z @ z[i] / tau
+        below = torch.exp(torch.cat([s[:i], s[i + 1 :]])).sum()
+        positives = [p for p in range(len(z)) if p != i and y[p] == y[i]]
+        total -= sum(s[p] - torch.log(below) for p in positives) / len(positives)
+    return total / len(z)
 
 
 def test_the_row_without_length_trains_by_it_and_is_judged(few_shapes, tmp_path, monkeypatch):
-    asked, loss = [], supervised.not_normalized
-    monkeypatch.setattr(supervised, "not_normalized", lambda *a, **k: asked.append((a[2], k)) or loss(*a, **k))
+    asked, loss, F = [], supcon.sup_con, supcon.F
+    spy = lambda z, y, tau, **k: asked.append((z, y, tau, loss(z, y, tau, **k))) or asked[-1][-1]  # noqa: E731
+    monkeypatch.setattr(supcon, "sup_con", spy)
     config = supcon.Config.preset("demo", epochs=1, batch_size=50, knn_every=0, image_size=16, out=str(tmp_path))
-    metrics = supervised.ROWS["not normalised, tau = 10"][0](config)
-    assert asked == [(10.0, {"loss": "out"})] * 4 and 0 < metrics["linear_top1"] <= 1
-    assert supcon.sup_con is not loss and common.load_run(tmp_path)[0].loss_backend == "naive"
+    metrics = supervised.ROWS["not normalised, tau = 1"][0](config)
+    assert len(asked) == 4 and 0 < metrics["linear_top1"] <= 1 and supcon.F is F
+    for z, y, tau, found in asked:
+        assert tau == 1 and torch.allclose(found, by_equation_2(z, y, 1.0), rtol=1e-5)
+        assert not torch.allclose(found, loss(z, y, 1.0), rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- eigenspaces
@@ -231,15 +228,26 @@ def test_cosines_are_1_where_the_eigenspaces_are_one():
 @pytest.mark.parametrize("method", eigenspaces.METHODS)
 def test_eigenspaces_are_those_of_the_predictor_and_of_its_input(method, few_shapes, tmp_path, monkeypatch, capsys):
     given = ["--epochs", "2", "--batch-size", "50", "--knn-every", "2", "--image-size", "16"]
-    seen, cosines = [], eigenspaces.cosines
-    monkeypatch.setattr(eigenspaces, "cosines", lambda f, w: seen.append((f, w.clone())) or cosines(f, w))
+    seen, inputs, cosines, forward = [], [], eigenspaces.cosines, torch.nn.Linear.forward
+
+    def spy_run(run, *args, init=common.Run.__init__, **parts):
+        init(run, *args, **parts)
+        predictor = run.model.predictor
+        monkeypatch.setattr(predictor, "forward", lambda x: inputs.append(x.detach()) or forward(predictor, x))
+
+    monkeypatch.setattr(common.Run, "__init__", spy_run)
+    monkeypatch.setattr(eigenspaces, "cosines", lambda f, w: seen.append((f.clone(), w.clone())) or cosines(f, w))
     text = eigenspaces.main(["--methods", method, "--seeds", "3", "--out", str(tmp_path), *given])
     assert text.count(f"| {method} |") == 5 and f"{method}, seed 3: kNN top-1 0." in capsys.readouterr().out
     assert len(seen) == 8 and (tmp_path / "eigenspaces.png").exists()
     dim = len(seen[0][0])
     for (f, w), (_, later) in itertools.pairwise(seen):
         assert torch.allclose(f, f.T) and torch.linalg.eigvalsh(f).min() > -1e-4 and not torch.equal(w, later)
-    assert seen[0][0].trace() > 0 and seen[0][1].shape == (dim, dim)
+    assert seen[0][1].shape == (dim, dim) and len(inputs) == 16
+    correlation = torch.zeros(dim, dim)  # of all that the predictor was given: two views a step
+    for i, f in enumerate(inputs[:4]):
+        correlation = 0.95 * correlation + 0.05 * f.T @ f / 50
+        assert i % 2 == 0 or torch.allclose(seen[i // 2][0], correlation, atol=1e-6)
     with pytest.raises(common.InputError, match="--predictor"):
         eigenspaces.main(["--methods", method, "--no-predictor" if method == "byol" else "--predictor=none"])
 
@@ -278,8 +286,12 @@ def test_theory_prints_its_tables_and_pictures(few_shapes, tmp_path, monkeypatch
     flags = ["--steps", "40", "--out", str(tmp_path)]
     ratio = theory.main(["density-ratio", *flags, "--seeds", "0", "1"]).split("\n")[2:]
     assert [line.split(" | ")[0] for line in ratio] == ["| 0", "| 30", "| 40"]
-    first, last = (float(ratio[i].split(" | ")[1].split()[0]) for i in (0, -1))
-    assert last < first / 2 and ratio[-1].count(" to ") == 2
+    for column in (1, 2):
+        first, last = (float(ratio[i].split(" | ")[column].split()[0]) for i in (0, -1))
+        assert last < first / 2 and ratio[-1].count(" to ") == 2
+    critic = theory.train(10, theory.rho_of(4.0, 10), 16, 150)
+    with torch.no_grad():
+        assert 1.2 < theory.estimate(critic, 10, theory.rho_of(4.0, 10), 16) < math.log(16)
     lines = theory.main(["mutual-information", *flags, "--steps", "4"]).split("\n")[2:]
     assert len(lines) == 18 and all(float(line.split(" | ")[3]) < float(line.split(" | ")[2]) + 0.01 for line in lines)
     run = tmp_path / "run"
@@ -559,6 +571,7 @@ def test_an_experiment_refuses_flags_it_would_not_follow():
 
 
 def test_every_row_of_the_ablations_is_a_command_that_its_script_takes():
+    assert list(ablations.LOSSES) == list(pairwise.LOSSES)
     for method, tables in ablations.TABLES.items():
         config = sys.modules.get(method) or __import__(method)
         small = ablations.SMALL * (method != "swav")

@@ -14,7 +14,7 @@ HEADER = {  # flags, and what the first lines of a run must say
     "byol": ("--lr 0.8", ["peak lr 0.1875 (--lr 0.8 x 60 / 256)", "mean over N = 60 images", "moving average, tau"]),
     "simsiam": ("--lr 0.8", ["peak lr 0.1875", "mean over N = 60 images"]),
     "swav": ("--lr 0.3", ["peak lr 0.3 (not scaled by B)", "mean over B = 60 images", "60 images share"]),
-    "pairwise": ("--lr 0.01", ["adamw, peak lr 0.01 (not scaled by N)", "mean over 2N = 120 anchors"]),
+    "pairwise": ("--lr 0.01", ["adam, peak lr 0.01 (not scaled by N)", "mean over 2N = 120 anchors"]),
     "supcon": ("--lr 2", ["peak lr 2 (not scaled by N)", "mean over 2N = 120 anchors"]),
 }
 CONTRASTIVE = ["simclr", "moco", "supcon"]

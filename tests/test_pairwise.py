@@ -1,6 +1,7 @@
 """Each loss against its paper's formula, its weights of negatives, and runs of the script."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.helpers import (
     trains_in_pieces,
 )
 
-TINY = {"hidden_dim": 32, "projection_dim": 16}
+TINY = {"projection_dim": 16}
 TAU, EPSILON, MARGIN, SLOPE = 0.3, 0.7, 1.1, 4.0
 GIVEN = {"temperature": TAU, "epsilon": EPSILON, "margin": MARGIN, "slope": SLOPE}
 STEP = lambda x: (x > 0).to(x)  # noqa: E731
@@ -29,15 +30,15 @@ FAMILY = {  # phi, phi', psi, psi', as the overview of the family has them
         *(lambda x: torch.exp(x / TAU), lambda x: torch.exp(x / TAU) / TAU),
     ),
     "mine": (torch.log, lambda x: 1 / x, torch.exp, torch.exp),
-    "triplet": (lambda x: x, torch.ones_like, lambda x: F.relu(x + EPSILON), lambda x: STEP(x + EPSILON)),
+    "triplet": (lambda x: x, torch.ones_like, lambda x: F.relu(x + MARGIN), lambda x: STEP(x + MARGIN)),
     "soft-triplet": (
         *(lambda x: TAU * torch.log(1 + x), lambda x: TAU / (1 + x)),
-        *(lambda x: torch.exp(x / TAU + EPSILON), lambda x: torch.exp(x / TAU + EPSILON) / TAU),
+        *(lambda x: torch.exp(x / TAU + MARGIN), lambda x: torch.exp(x / TAU + MARGIN) / TAU),
     ),
     "n-pair": (lambda x: torch.log(1 + x), lambda x: 1 / (1 + x), torch.exp, torch.exp),
     "lifted": (
         *(lambda x: F.relu(torch.log(x)) ** 2, lambda x: 2 * F.relu(torch.log(x)) / x),
-        *(lambda x: torch.exp(x + EPSILON), lambda x: torch.exp(x + EPSILON)),
+        *(lambda x: torch.exp(x + MARGIN), lambda x: torch.exp(x + MARGIN)),
     ),
     "sigmoid-triplet": (
         *(lambda x: x, torch.ones_like, lambda x: torch.sigmoid(SLOPE * x)),
@@ -49,6 +50,11 @@ FAMILY = {  # phi, phi', psi, psi', as the overview of the family has them
 
 def config(**given):
     return pairwise.Config.preset("demo", **given)
+
+
+def loss_of(name, d_pos, d_neg, **given):
+    given = GIVEN | given
+    return pairwise.LOSSES[name](d_pos, d_neg, **{constant: given[constant] for constant in pairwise.CONSTANTS[name]})
 
 
 def views(n=6, d=5, seed=0):
@@ -87,8 +93,8 @@ def test_negatives_of_other_classes_and_anchors_without_any():
     z1.requires_grad_()
     p, n = pairwise.distances(z1, z2, torch.zeros(4))
     assert p.shape == (0, 1) and n.shape == (0, 8)
-    for loss in pairwise.LOSSES.values():
-        assert loss(p, n, config()).item() == 0
+    for name in pairwise.LOSSES:
+        assert loss_of(name, p, n).item() == 0
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -96,7 +102,7 @@ def test_the_family_is_phi_of_the_sum_of_psi(name):
     """And the gradient is that of the pairs, weighted by alpha_ij = phi' psi'."""
     phi, dphi, psi, dpsi = FAMILY[name]
     p, n = (t.detach().requires_grad_() for t in pairwise.distances(*views(), torch.tensor([0, 1, 2, 2, 1, 0])))
-    loss = pairwise.LOSSES[name](p, n, config(**GIVEN))
+    loss = loss_of(name, p, n)
     value = 0
     grad_p, grad_n = torch.autograd.grad(loss, (p, n))
     for i in range(12):
@@ -113,23 +119,23 @@ def by_the_papers(name, z, k):
     a, p, n = z[0], z[1], z[2:]
     similar, others = a @ p, n @ a
     euclid, distances = (a - p).norm(), (n - a).norm(dim=1)
-    if name == "infonce":  # van den Oord et al. 2018, equation 4, with f = exp(cosine / tau)
+    if name == "infonce":  # van den Oord et al. 2018, with f = exp(cosine / tau)
         f, g = torch.exp(similar / TAU), torch.exp(others / TAU)
         return -torch.log(f / (f + g.sum())) * TAU
-    if name == "mine":  # Belghazi et al. 2018, equation 5: -(E T - log E exp T), T = -d
+    if name == "mine":  # Belghazi et al. 2018: -(E T - log E exp T), T = -d
         return euclid**2 / 2 + torch.log(torch.exp(-(distances**2) / 2).mean()) + math.log(k)
-    if name == "triplet":  # Schroff et al. 2015, equation 2, of squared distances: twice ours
-        return F.relu(euclid**2 - distances**2 + 2 * EPSILON).sum() / 2
-    if name == "n-pair":  # Sohn 2016, equation 4
+    if name == "triplet":  # Schroff et al. 2015, of squared distances, at twice our margin: twice ours
+        return F.relu(euclid**2 - distances**2 + 2 * MARGIN).sum() / 2
+    if name == "n-pair":  # Sohn 2016
         return torch.log(1 + torch.exp(others - similar).sum())
-    if name == "lifted":  # Oh Song et al. 2016, equation 4, of one of the two ends
-        return F.relu(torch.log(torch.exp(EPSILON - distances**2 / 2).sum()) + euclid**2 / 2) ** 2
-    if name == "margin":  # Hadsell et al. 2006, equation 4: similar and dissimilar pairs
+    if name == "lifted":  # Oh Song et al. 2016, with d for their distance, of one of the pair's two ends
+        return F.relu(torch.log(torch.exp(MARGIN - distances**2 / 2).sum()) + euclid**2 / 2) ** 2
+    if name == "margin":  # Hadsell et al. 2006: similar and dissimilar pairs
         return euclid**2 / 2 + (F.relu(MARGIN - distances) ** 2 / 2).mean()
     if name == "hinge":
         return euclid**2 / 2 + F.relu(MARGIN - distances**2 / 2).mean()
     right = torch.sigmoid(similar / TAU - math.log(k)), torch.sigmoid(others / TAU - math.log(k))
-    return -torch.log(right[0]) - torch.log(1 - right[1]).sum()  # Gutmann, Hyvarinen 2010: nu = k noise samples
+    return -torch.log(right[0]) - torch.log(1 - right[1]).sum()  # Gutmann, Hyvarinen 2012: nu = k
 
 
 @pytest.mark.parametrize("name", ["infonce", "mine", "triplet", "n-pair", "lifted", "margin", "hinge", "nce"])
@@ -139,9 +145,7 @@ def test_the_losses_are_those_of_their_papers(name):
     z = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     unit = F.normalize(z, dim=1)
     d = (1 - unit @ unit[0])[None]
-    ours = pairwise.LOSSES[name](
-        d[:, 1:2], d[:, 2:], config(**GIVEN | {"epsilon": 1.0 if name == "infonce" else EPSILON})
-    )
+    ours = loss_of(name, d[:, 1:2], d[:, 2:], epsilon=1.0)
     theirs = by_the_papers(name, F.normalize(z, dim=1), 7)
     assert torch.allclose(ours, theirs, rtol=1e-12) and theirs > 0
     (a,), (b,) = torch.autograd.grad(ours, z), torch.autograd.grad(theirs, z)
@@ -163,7 +167,7 @@ def test_finite_far_apart_and_at_one_point(name):
     for z in (300 * torch.randn(2, 8, 4), torch.ones(2, 8, 4), torch.zeros(2, 8, 4)):
         z = z.requires_grad_()
         for normalized in (True, False):
-            loss = pairwise.LOSSES[name](*pairwise.distances(*z, unit=normalized), config(temperature=0.01))
+            loss = loss_of(name, *pairwise.distances(*z, unit=normalized), temperature=0.01)
             (grad,) = torch.autograd.grad(loss, z)
             assert torch.isfinite(loss) and torch.isfinite(grad).all()
 
@@ -171,13 +175,21 @@ def test_finite_far_apart_and_at_one_point(name):
 # ------------------------------------------------------------------------------------------- the model, the recipe
 
 
-def test_the_table_of_the_docstring_names_every_loss():
-    rows = [
-        line.split()[0]
-        for line in pairwise.__doc__.split("--loss  ")[1].split("\n    python")[0].split("\n")[1:]
-        if line[:8].strip()
-    ]
-    assert [row for row in rows if row in pairwise.LOSSES] == list(pairwise.LOSSES)
+def test_the_table_of_the_docstring_has_a_row_for_each_loss():
+    table = pairwise.__doc__.split("paper\n")[1].split("    f, g, z ")[0]
+    rows = [line.split()[0] for line in table.split("\n") if re.match(r"    \S+  ", line)]
+    assert rows == list(pairwise.LOSSES)
+
+
+def test_a_constant_that_a_loss_does_not_take_is_refused(tmp_path):
+    takes = {"infonce": {"temperature", "epsilon"}, "triplet": {"margin"}, "soft-triplet": {"temperature", "margin"}}
+    takes |= {"lifted": {"margin"}, "sigmoid-triplet": {"slope"}, "margin": {"margin"}, "hinge": {"margin"}}
+    takes |= {"nce": {"temperature"}}
+    for name in pairwise.LOSSES:
+        assert set(pairwise.CONSTANTS[name]) == takes.get(name, set())
+    for name, constant in (("linear", "margin"), ("triplet", "epsilon"), ("n-pair", "temperature"), ("nce", "slope")):
+        with pytest.raises(common.InputError, match=f"^--{constant}: --loss {name} has none; leave it out$"):
+            pairwise.train(config(loss=name, out=str(tmp_path), **{constant: 0.3}))
 
 
 def test_the_head_leaves_the_length_of_z_free():
@@ -200,21 +212,21 @@ def test_the_schedule(few_shapes, tmp_path, monkeypatch):
     "given",
     [
         {"loss": "infonce", "temperature": 0.4, "epsilon": 0.0},
-        {"loss": "triplet", "epsilon": 0.3, "negatives": "other-class"},
+        {"loss": "triplet", "margin": 0.3, "negatives": "other-class"},
         {"loss": "margin", "normalize": False, "margin": 2.0},
     ],
     ids=lambda given: given["loss"],
 )
 def test_a_step_is_the_optimisers_on_the_loss(given, few_shapes, tmp_path, monkeypatch):
-    """With SGD in AdamW's place, to see the gradient."""
+    """With SGD in Adam's place, to see the gradient."""
     sgd = lambda groups, lr: torch.optim.SGD(groups, lr=lr)  # noqa: E731
-    monkeypatch.setattr(torch.optim, "AdamW", sgd)
+    monkeypatch.setattr(torch.optim, "Adam", sgd)
     metrics, start, (x1, x2) = one_step(pairwise, {"lr": 0.3, **TINY, **given}, tmp_path, monkeypatch)
     z1, z2 = start["model"].embed(torch.cat([x1, x2])).chunk(2)
     labels = start["labels"] if given.get("negatives") else None
     d = pairwise.distances(z1, z2, labels, given.get("normalize", True))
     assert d[1].isinf().sum() > 2 * 400 if labels is not None else d[1].isinf().sum() == 2 * 400
-    loss = pairwise.LOSSES[given["loss"]](*d, config(**given))
+    loss = loss_of(given["loss"], *d, **given)
     assert math.isclose(metrics["loss"], loss.item(), rel_tol=1e-5)
     moved_by(loss, start["model"], saved(tmp_path), 0.3, lambda p: 0.1 if p.ndim > 1 else 0.0)
 
