@@ -1,6 +1,5 @@
 """The experiments of benchmarks/: their formulas, and each on a few images."""
 
-import itertools
 import math
 import subprocess
 import sys
@@ -218,38 +217,45 @@ def test_cosines_are_1_where_the_eigenspaces_are_one():
     vectors = torch.linalg.qr(torch.randn(6, 6).double())[0]
     of_f, of_w = torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]).double(), torch.tensor([0.2, 2, 1, -1, 3, 1]).double()
     f, w = (vectors @ torch.diag(values) @ vectors.T for values in (of_f, of_w))
-    found, values = eigenspaces.cosines(f, w)
+    found, values = eigenspaces.cosines(f, w @ f)
     assert torch.allclose(values, of_f) and torch.allclose(found, of_w.sign())
-    assert eigenspaces.aligned(found, values) == (0.6, 5)  # the five largest hold 99% of 11.6
+    assert eigenspaces.aligned(found, values) == (pytest.approx(0.6), 5)  # the five largest hold 99% of 11.6
+    w = torch.randn(6, 6).double()
+    moved = w @ vectors
+    expected = [F.cosine_similarity(v, m, dim=0) for v, m in zip(vectors.T, moved.T, strict=True)]
+    assert torch.allclose(eigenspaces.cosines(f, w @ f)[0], torch.stack(expected))
     turned = vectors.roll(1, 1)  # every eigenvector of F is moved to the next
-    assert eigenspaces.cosines(f, vectors @ turned.T)[0].abs().max() < 1e-12
+    assert eigenspaces.cosines(f, vectors @ turned.T @ f)[0].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("method", eigenspaces.METHODS)
-def test_eigenspaces_are_those_of_the_predictor_and_of_its_input(method, few_shapes, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("predictor", ["own", "linear"])
+def test_eigenspaces_are_of_what_the_predictor_makes_of_its_input(
+    method, predictor, few_shapes, tmp_path, monkeypatch, capsys
+):
     given = ["--epochs", "2", "--batch-size", "50", "--knn-every", "2", "--image-size", "16"]
-    seen, inputs, cosines, forward = [], [], eigenspaces.cosines, torch.nn.Linear.forward
+    seen, passed, predictors, cosines = [], [], [], eigenspaces.cosines
 
     def spy_run(run, *args, init=common.Run.__init__, **parts):
         init(run, *args, **parts)
-        predictor = run.model.predictor
-        monkeypatch.setattr(predictor, "forward", lambda x: inputs.append(x.detach()) or forward(predictor, x))
+        predictors.append(run.model.predictor)
+        predictors[0].register_forward_hook(lambda _, f, p: passed.append((f[0].detach(), p.detach())))
 
     monkeypatch.setattr(common.Run, "__init__", spy_run)
-    monkeypatch.setattr(eigenspaces, "cosines", lambda f, w: seen.append((f.clone(), w.clone())) or cosines(f, w))
-    text = eigenspaces.main(["--methods", method, "--seeds", "3", "--out", str(tmp_path), *given])
-    assert text.count(f"| {method} |") == 5 and f"{method}, seed 3: kNN top-1 0." in capsys.readouterr().out
-    assert len(seen) == 8 and (tmp_path / "eigenspaces.png").exists()
-    dim = len(seen[0][0])
-    for (f, w), (_, later) in itertools.pairwise(seen):
-        assert torch.allclose(f, f.T) and torch.linalg.eigvalsh(f).min() > -1e-4 and not torch.equal(w, later)
-    assert seen[0][1].shape == (dim, dim) and len(inputs) == 16
-    correlation = torch.zeros(dim, dim)  # of all that the predictor was given: two views a step
-    for i, f in enumerate(inputs[:4]):
-        correlation = 0.95 * correlation + 0.05 * f.T @ f / 50
-        assert i % 2 == 0 or torch.allclose(seen[i // 2][0], correlation, atol=1e-6)
+    monkeypatch.setattr(eigenspaces, "cosines", lambda f, c: seen.append((f.clone(), c.clone())) or cosines(f, c))
+    flags = ["--methods", method, "--predictors", predictor, "--seeds", "3", "--out", str(tmp_path), *given]
+    text = eigenspaces.main(flags)
+    said = capsys.readouterr().out
+    assert text.count(f"| {method} | {predictor} |") == 5 and f"{method}, {predictor}, seed 3: kNN top-1 0." in said
+    assert len(seen) == 8 and len(passed) == 16 and (tmp_path / "eigenspaces.png").exists()
+    assert isinstance(predictors[0], torch.nn.Linear) == (predictor == "linear")
+    mean = None  # two views a step
+    for i, (f, p) in enumerate(passed):
+        now = torch.stack([f.T @ f, p.T @ f]) / 50
+        mean = now if mean is None else 0.95 * mean + 0.05 * now
+        assert i % 2 == 0 or torch.allclose(torch.stack(seen[i // 2]), mean, rtol=1e-3, atol=1e-6)
     with pytest.raises(common.InputError, match="--predictor"):
-        eigenspaces.main(["--methods", method, "--no-predictor" if method == "byol" else "--predictor=none"])
+        eigenspaces.main([*flags, "--no-predictor" if method == "byol" else "--predictor=none"])
 
 
 # --------------------------------------------------------------------------------------------------------- theory
