@@ -34,7 +34,7 @@ it has no bound, and --no-normalize shows what becomes of a loss whose pull on d
 
     python pairwise.py --loss triplet                      the demo: embedded data, two CPU cores
 
-RESULT
+The demo ends at a kNN of 0.729 to 0.780, raw pixels at 0.690 (three seeds, EPYC); of linear at 0.397 to 0.442.
 """
 
 import inspect

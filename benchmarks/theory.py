@@ -193,7 +193,7 @@ def weights(args: argparse.Namespace) -> str:
     positive, negatives = pairwise.distances(z1, z2)
     there = negatives.isfinite()
     x = (positive - negatives)[there]
-    edges = torch.linspace(-1.4, 0.4, 19)
+    edges = torch.linspace(float(x.min()), float(x.max()), 25)
     middle, bins = (edges[1:] + edges[:-1]) / 2, torch.bucketize(x, edges) - 1
     lines, curves = [], {}
     for name, loss in pairwise.LOSSES.items():
@@ -210,10 +210,13 @@ def weights(args: argparse.Namespace) -> str:
 
     def draw(sheet: Any) -> None:
         axes = sheet.subplots()
-        share = torch.histc(x, len(middle), -1.4, 0.4) / len(x)
-        axes.bar(middle.tolist(), (share / share.max()).tolist(), width=0.08, color="lightgrey", label="how many pairs")
+        share, width = torch.histc(x, len(middle)), 0.8 * float(edges[1] - edges[0])
+        axes.bar(middle.tolist(), (share / share.max()).tolist(), width, color="lightgrey", label="how many pairs")
         for i, (name, curve) in enumerate(curves.items()):
-            axes.plot(middle.tolist(), curve, "-" if i < 8 else "--", marker=".", label=name, linewidth=1.3)
+            style = {"color": f"C{i}" if i < 10 else "black", "linestyle": ("-", "--", ":", "-.")[i % 4]}
+            axes.plot(
+                middle.tolist(), curve, label=name, linewidth=3.2 - 0.2 * i, **style
+            )  # some are one upon the other
         axes.set(yscale="log", ylim=(0.01, 100), xlabel="d+ - d-: right is harder", ylabel="weight over its mean")
         sheet.legend(loc="outside right center", fontsize="small")
 
