@@ -242,11 +242,15 @@ def test_an_interrupted_run_resumes_bit_for_bit(few_shapes, tmp_path, monkeypatc
     assert whole["loss"] == resumed["loss"]
 
 
-def test_other_classes_need_labels(tmp_path, capsys):
+def test_other_classes_need_labels(tmp_path, monkeypatch):
     x = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     given = {"negatives": "other-class", "image_size": 16, "epochs": 1, "out": str(tmp_path)}
     for data in (x, (x, torch.zeros(40))):
         with pytest.raises(common.InputError, match="--negatives other-class: .* no two classes; take batch"):
             pairwise.train(config(**given), data)
-    labels = torch.arange(40) % 3 - 1  # a third has none: each of these is a class of its own
-    assert math.isfinite(pairwise.train(config(**given, knn_every=0), (x, labels))["loss"])
+    labels, asked, distances = torch.arange(40) % 3 - 1, [], pairwise.distances  # a third has none
+    monkeypatch.setattr(pairwise, "distances", lambda z1, z2, y, unit: asked.append(y) or distances(z1, z2, y, unit))
+    assert math.isfinite(pairwise.train(config(**given, knn_every=0, batch_size=36), (x, labels))["loss"])
+    (y,) = asked
+    assert len(y[y < 0].unique()) == (y < 0).sum() > 8  # each of these is a class of its own
+    assert set(y[y >= 0].tolist()) == {0, 1}

@@ -210,6 +210,8 @@ def test_the_head_is_the_papers():
     head = supcon.SupCon(config(hidden_dim=0, projection_dim=128)).projector
     assert [type(m).__name__ for m in head] == ["Linear", "ReLU", "Linear"]
     assert head[0].out_features == 128 and head[0].bias is not None and head[2].bias is not None
+    linear = supcon.SupCon(config(projection_head="linear", projection_dim=17)).projector
+    assert type(linear).__name__ == "Linear" and (linear.in_features, linear.out_features) == (128, 17)
     model = supcon.SupCon(config(loss="cross-entropy")).eval()
     x = torch.rand(4, 3, 32, 32)
     assert torch.equal(torch.cat(model(x[:2], x[2:])), model.backbone(x)) and model.dim == 128
