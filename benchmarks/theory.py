@@ -52,7 +52,7 @@ def log_ratio(x: Tensor, y: Tensor, rho: float) -> Tensor:
 class Critic(nn.Module):
     """s(x, y) = u(x) . v(y), of (..., A, D) and (..., B, D): (..., A, B)."""
 
-    def __init__(self, dim: int, width: int = 256, embedding: int = 64):
+    def __init__(self, dim: int, width: int = 128, embedding: int = 64):
         super().__init__()
         u, v = (
             nn.Sequential(
@@ -146,7 +146,7 @@ def density_ratio(args: argparse.Namespace) -> str:
     rho, k, grid = 0.8, 64, torch.linspace(-2, 2, 41)[:, None]
     truth = log_ratio(grid[:, None], grid[None], rho)  # (x, y)
     density = (-(grid.square() + grid.square().T) / 2).exp()  # of p(x) p(y), where a critic sees what is no pair
-    at = [step for step in (0, 30, 100, 300, 1000, 3000) if step < args.steps] + [args.steps]
+    at = [step for step in (0, 30, 100, 300, 1000) if step < args.steps] + [args.steps]
     errors, last = {}, {}
     for name, loss in (("infonce", info_nce), ("nce", nce)):
         for seed in args.seeds:
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> str:
     add("what", choices=what)
     add("run", nargs="?", default="runs/pairwise", help="of weights: the run's folder (default runs/pairwise)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the critics (default 0; weights takes none)")
-    add("--steps", type=int, default=3000, help="that a critic trains for (default 3000)")
+    add("--steps", type=int, default=1500, help="that a critic trains for (default 1500)")
     add("--dim", type=int, default=10, help="D of mutual-information (default 10)")
     add("--out", type=Path, default=Path("runs/theory"), help="folder of the pictures (default runs/theory)")
     args = parser.parse_args(argv)
