@@ -287,6 +287,7 @@ def test_the_estimate_is_the_published_one_and_below_the_truth(monkeypatch):
     assert theory.estimate(lambda x, y: torch.zeros(1024 // 4, 4, 4), 10, rho, 4) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_theory_prints_its_tables_and_pictures(few_shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, "HELD_OUT", 2048)
     flags = ["--steps", "40", "--out", str(tmp_path)]

@@ -305,8 +305,8 @@ DEMO = """--preset demo --epochs 2 --batch-size 64 --optimizer sgd --lr 0.8 --wa
 --momentum 0.9 --hidden-dim 64 --projection-dim 64 --crop-min-scale 0.35 --knn-every 0"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flag", [pytest.param("--predictor", marks=pytest.mark.slowest), "--no-predictor"])
+@pytest.mark.slowest
+@pytest.mark.parametrize("flag", ["--predictor", "--no-predictor"])
 def test_without_predictor_the_script_collapses_and_says_so(flag, tmp_path):
     """The same 312 steps with and without it (table 5b)."""
     done = python("byol.py", *DEMO.split(), flag, "--out", tmp_path)

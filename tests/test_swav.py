@@ -393,8 +393,8 @@ DEMO = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rounds", [0, pytest.param(3, marks=pytest.mark.slowest)])
+@pytest.mark.slowest
+@pytest.mark.parametrize("rounds", [0, 3])
 def test_without_equal_shares_the_script_collapses_and_says_so(rounds, tmp_path):
     """The same 312 steps with and without them: all images get one code, which costs nothing to predict."""
     done = python("swav.py", *DEMO.split(), "--sinkhorn-iterations", rounds, "--out", tmp_path)
