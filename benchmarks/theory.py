@@ -132,7 +132,7 @@ def mutual_information(args: argparse.Namespace) -> str:
             trained, ideal = zip(*points, strict=True)
             axes.axhline(truth, color=f"C{i}", linewidth=0.8, linestyle="--")
             axes.plot(ks, trained, f"C{i}o-", label=f"trained critic, truth {truth:g} (dashed)")
-            axes.plot(ks, ideal, f"C{i}x", label=None if i else "the best critic (crosses)")
+            axes.plot(ks, ideal, "k+", label=None if i else "the best critic", zorder=3)
         axes.set(xscale="log", xlabel="K", ylabel="log K - L, nats")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
