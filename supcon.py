@@ -121,8 +121,9 @@ class SupCon(nn.Module):
         self.projector = nn.Identity()
         if config.loss != "cross-entropy":
             hidden, self.dim = config.hidden_dim or d, config.projection_dim
-            self.projector = nn.Linear(d, self.dim)
-            if config.projection_head == "mlp":
+            if config.projection_head == "linear":
+                self.projector = nn.Linear(d, self.dim)
+            else:
                 self.projector = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, self.dim))
 
     def embed(self, x: Tensor) -> Tensor:
