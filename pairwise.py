@@ -148,9 +148,9 @@ class Config(RunConfig):
     negatives: Literal["batch", "other-class"] = "batch"  # views of other images, or only those of another label
     normalize: bool = True  # z of length 1; else of any, and temperatures and margins are on its scale
     temperature: float = 0.1  # tau of infonce, soft-triplet and nce (SimCLR, section 4.1)
-    epsilon: float = 1.0  # of infonce: 1, the positive is in the denominator; 0, it is not
-    margin: float = 1.0  # m of triplet, soft-triplet, lifted, margin and hinge
-    slope: float = 10.0  # c of sigmoid-triplet
+    epsilon: float = 1.0  # of infonce: 1, the positive is in the denominator (SimCLR, MoCo); 0, it is not
+    margin: float = 1.0  # m of triplet, soft-triplet, lifted, margin and hinge (ours, of distances from 0 to 2)
+    slope: float = 10.0  # c of sigmoid-triplet (ours)
     lr: float = 1e-3  # of Adam (ours: it does not mind the size of a gradient, which every loss has another of)
     projection_dim: int = 128  # d, width of z
     crop_min_scale: float = 0.2  # least area of a crop; the most is 1
@@ -195,7 +195,7 @@ class Pairwise(nn.Module):
 def train(config: Config, data: Any = None) -> dict[str, Any]:
     """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
     constants = {name: getattr(config, name) for name in CONSTANTS[config.loss]}
-    for name in config.given & {"temperature", "epsilon", "margin", "slope"}:
+    for name in config.given & set().union(*CONSTANTS.values()):
         common.ensure(name in constants, f"{common.dashed(name)}: --loss {config.loss} has none; leave it out")
     device, data = common.start(config, data)
     labels = torch.arange(len(data.train))  # all other images are negatives

@@ -225,7 +225,7 @@ def measure(command: list[str], said: str, out: Path, threads: int) -> dict[str,
     row = last_row(out / "log.csv")
     found = {"kNN": row["knn_top1"], "loss": row["loss"], "rank": row["effective_rank"], "seconds": seconds}
     if (out / "metrics.json").exists():
-        found["kNN of g(h)"] = json.loads((out / "metrics.json").read_text())["knn g(h)"]
+        found["kNN of g(h)"] = json.loads((out / "metrics.json").read_text()).get("knn g(h)", math.nan)
     return found | (last_row(out / "trace.csv") if (out / "trace.csv").exists() else {})
 
 

@@ -123,7 +123,7 @@ def mutual_information(args: argparse.Namespace) -> str:
                 ideal.append(estimate(best, args.dim, rho, k))
             curves.setdefault(truth, []).append((sum(found) / len(found), sum(ideal) / len(ideal)))
             lines.append([f"{truth:g}", str(k), f"{math.log(k):.2f}", over_seeds(found, 2), over_seeds(ideal, 2)])
-            print(lines[-1], file=sys.stderr, flush=True)
+            print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
 
     def draw(sheet: Any) -> None:
         axes = sheet.subplots()
@@ -180,7 +180,7 @@ def density_ratio(args: argparse.Namespace) -> str:
 
 
 def weights(args: argparse.Namespace) -> str:
-    """alpha_ij by d_i+ - d_ij-, over its mean, of a batch of 256 held-out pictures."""
+    """-dL/dd_ij-, in the family alpha_ij, by d_i+ - d_ij-, over its mean, of a batch of 256 held-out pictures."""
     config, model = common.load_run(args.run)
     ours = isinstance(config, pairwise.Config) and config.normalize and config.negatives == "batch"
     common.ensure(ours, f"{args.run}: not a run of pairwise.py with z of length 1 and a batch's negatives; give one")
@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None) -> str:
     add("--dim", type=int, default=10, help="D of mutual-information (default 10)")
     add("--out", type=Path, default=Path("runs/theory"), help="folder of the pictures (default runs/theory)")
     args = parser.parse_args(argv)
+    common.ensure(min(args.steps, args.dim) > 0, "--steps and --dim: give 1 or more")
     table = what[args.what](args)
     print(table)
     return table
