@@ -123,41 +123,17 @@ NO_MATTER = r"out|resume|data_dir|resident_gb|device|workers|compile|loss_backen
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """The flags that every method takes. A method's `Config` inherits them, adds its own and sets `PRESETS`.
+class Flags:
+    """A script's flags. A line of a `Config` that inherits it is a flag, the comment beside it is its help.
 
-    A line is a flag, the comment beside it is its help. `Config()` is the paper's recipe, `Config.preset("demo",
-    epochs=2)` what `--preset demo --epochs 2` gives. A value out of range raises `InputError`.
+    `Config()` is the paper's recipe, `Config.preset("demo", epochs=2)` what `--preset demo --epochs 2` gives. A value
+    out of range raises `InputError`.
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
-    lr_of_preset_batch: ClassVar[bool] = False  # whether `lr` is that of the preset's N, as is; else it is scaled by N
+    embedded: ClassVar[str] = "shapes"  # the data of the demo
     recipe: ClassVar[str] = "paper"  # the preset's name, and the flags given by hand: set on each object
     given: ClassVar[set[str]] = set()
-
-    data: str = "imagenet"  # shapes (made on the spot), cifar10, cifar100, stl10 (downloaded), or a folder of images
-    data_dir: str = "data"  # where downloaded data sets are kept
-    resident_gb: float = 4.0  # hold a folder's decoded images in memory up to this size, stream above it
-    epochs: int = 100  # passes over the training images; 0 = none: what a run writes, of the weights it starts from
-    batch_size: int = 256  # N, images in a step, of all processes together
-    micro_batch_size: int = 0  # embed a process's batch in pieces of so many, for less memory; BN sees a piece; 0 = off
-    backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
-    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
-    init: str = "random"  # random, imagenet (torchvision's), or a file: a state_dict (fc left out), a backbone.pt
-    image_size: int = 224  # side of a view in pixels
-    lr: float = 0.1  # the highest learning rate; a cosine leads to 0
-    weight_decay: float = 0.0  # weight decay, in the gradient (L2)
-    warmup_epochs: float = 0.0  # epochs of linear warm-up of the learning rate
-    seed: int = 0  # seed of everything random: weights, data order, views
-    device: str = "auto"  # any torch device; auto = cuda where there is one, else cpu
-    workers: int = 4  # threads that decode, or processes that stream, images; at most as many as there are cores
-    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision of the network
-    compile: bool = False  # torch.compile the network (slow start, faster steps)
-    knn_every: int = 1  # epochs between kNN checks on the held-out images; 0 = never, nor at the end
-    save_minutes: float = 10.0  # minutes between checkpoints within an epoch; 0 = only at its end
-    tensorboard: bool = False  # write the log's columns, views and neighbours for TensorBoard too
-    out: str = "runs/run"  # folder of the run's files
-    resume: bool = False  # continue the run in --out at the step it had reached; flags left out keep its values
 
     def __post_init__(self) -> None:
         self.given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
@@ -188,11 +164,6 @@ class RunConfig:
                 rule = f"must be {'a whole number' if kind is int else 'a number'} {'at least' if zero else 'above'} 0"
                 rule += f" and at most {most}" * bool(fraction or number and value > most)
             ensure(ok, f"{dashed(name)} {value}: {rule}")
-        ensure(self.image_size >= 8, f"--image-size {self.image_size}: must be at least 8")
-        ensure(self.micro_batch_size != 1, "--micro-batch-size 1: BN has nothing to compare then; give 2 or more")
-        piece = self.micro_batch_size or self.batch_size
-        whole = piece >= self.batch_size or self.batch_size % piece == 0
-        ensure(whole, f"--micro-batch-size {self.micro_batch_size}: must divide the batch size {self.batch_size}")
 
     @classmethod
     def method(cls) -> str:
@@ -200,12 +171,51 @@ class RunConfig:
         return Path(inspect.getfile(cls)).stem
 
 
+@dataclass(kw_only=True)
+class RunConfig(Flags):
+    """The flags of every method for images, whose `Config` inherits them, adds its own and sets `PRESETS`."""
+
+    lr_of_preset_batch: ClassVar[bool] = False  # whether `lr` is that of the preset's N, as is; else it is scaled by N
+
+    data: str = "imagenet"  # shapes (made on the spot), cifar10, cifar100, stl10 (downloaded), or a folder of images
+    data_dir: str = "data"  # where downloaded data sets are kept
+    resident_gb: float = 4.0  # hold a folder's decoded images in memory up to this size, stream above it
+    epochs: int = 100  # passes over the training images; 0 = none: what a run writes, of the weights it starts from
+    batch_size: int = 256  # N, images in a step, of all processes together
+    micro_batch_size: int = 0  # embed a process's batch in pieces of so many, for less memory; BN sees a piece; 0 = off
+    backbone: str = "resnet50"  # a torchvision ResNet name (resnet18, resnet50, ...) or resnet8, small and quick
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 without it; resnet8 has its own
+    init: str = "random"  # random, imagenet (torchvision's), or a file: a state_dict (fc left out), a backbone.pt
+    image_size: int = 224  # side of a view in pixels
+    lr: float = 0.1  # the highest learning rate; a cosine leads to 0
+    weight_decay: float = 0.0  # weight decay, in the gradient (L2)
+    warmup_epochs: float = 0.0  # epochs of linear warm-up of the learning rate
+    seed: int = 0  # seed of everything random: weights, data order, views
+    device: str = "auto"  # any torch device; auto = cuda where there is one, else cpu
+    workers: int = 4  # threads that decode, or processes that stream, images; at most as many as there are cores
+    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision of the network
+    compile: bool = False  # torch.compile the network (slow start, faster steps)
+    knn_every: int = 1  # epochs between kNN checks on the held-out images; 0 = never, nor at the end
+    save_minutes: float = 10.0  # minutes between checkpoints within an epoch; 0 = only at its end
+    tensorboard: bool = False  # write the log's columns, views and neighbours for TensorBoard too
+    out: str = "runs/run"  # folder of the run's files
+    resume: bool = False  # continue the run in --out at the step it had reached; flags left out keep its values
+
+    def check(self) -> None:
+        super().check()
+        ensure(self.image_size >= 8, f"--image-size {self.image_size}: must be at least 8")
+        ensure(self.micro_batch_size != 1, "--micro-batch-size 1: BN has nothing to compare then; give 2 or more")
+        piece = self.micro_batch_size or self.batch_size
+        whole = piece >= self.batch_size or self.batch_size % piece == 0
+        ensure(whole, f"--micro-batch-size {self.micro_batch_size}: must divide the batch size {self.batch_size}")
+
+
 def dashed(name: str) -> str:
     """The flag of a field: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
 
 
-def flags(config: type[RunConfig]) -> dict[str, Any]:
+def flags(config: type[Flags]) -> dict[str, Any]:
     """Field name -> type of every flag of a config class."""
     hints = typing.get_type_hints(config)
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
@@ -221,19 +231,23 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse_args(config: type[RunConfig], argv: Sequence[str] | None = None) -> Any:
+def parse_args(config: type[Flags], argv: Sequence[str] | None = None) -> Any:
     """Read the command line into a config: a flag given by hand wins over the preset, the preset over the paper.
 
-    The preset left out is demo for shapes, cifar for cifar10 and cifar100, paper for anything else. With `--resume`,
-    the values of the run in `--out`, if there is one, stand where the preset would. Raises `InputError`.
+    The preset left out is demo for the embedded set, cifar for cifar10 and cifar100 if there is one, else paper. With
+    `--resume`, the values of the run in `--out`, if there is one, stand where the preset would. Raises `InputError`.
     """
     doc = (sys.modules[config.__module__].__doc__ or "").strip().split("\n")
     examples = "\n".join(["examples:", *(line for line in doc if line.startswith("    python "))])
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
     parser = OneLineParser(description=doc[0], epilog=examples, **shape, allow_abbrev=False)
     own, shared = (parser.add_argument_group(title) for title in (f"the flags of {config.method()}", "the run"))
-    left_out = "demo for shapes, cifar for cifar10 and cifar100, else paper"
-    own.add_argument("--preset", choices=config.PRESETS, help=f"sets the defaults below (left out: {left_out})")
+    small = {config.embedded: "demo", **dict.fromkeys(("cifar10", "cifar100"), "cifar")}
+    small = {data: preset for data, preset in small.items() if preset in config.PRESETS}
+    left_out = ", ".join(f"{preset} for {data}" for data, preset in small.items())
+    own.add_argument(
+        "--preset", choices=config.PRESETS, help=f"sets the defaults below (left out: {left_out}, else paper)"
+    )
     kinds, defaults = flags(config), {field.name: field.default for field in dataclasses.fields(config)}
     for group, owner in ((own, config), (shared, RunConfig)):
         for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(owner), re.M):
@@ -253,11 +267,10 @@ def parse_args(config: type[RunConfig], argv: Sequence[str] | None = None) -> An
         if path.exists():
             return resumed(config, given, path)
         print(f"note: --resume: no run in {path.parent} yet; starting one")
-    small = {"shapes": "demo", "cifar10": "cifar", "cifar100": "cifar"}
-    return config.preset(given.pop("preset", small.get(given.get("data", "shapes"), "paper")), **given)
+    return config.preset(given.pop("preset", small.get(given.get("data", config.embedded), "paper")), **given)
 
 
-def resumed(config: type[RunConfig], given: dict[str, Any], path: Path) -> Any:
+def resumed(config: type[Flags], given: dict[str, Any], path: Path) -> Any:
     """The config of the run whose config.json is `path`, with what is given by hand."""
     try:
         stored = json.loads(path.read_text())
@@ -562,9 +575,7 @@ def average_gradients(network: nn.Module) -> nn.Module:
     return network
 
 
-def loss_backend(
-    kernels: Any, config: RunConfig, rows: int, columns: int, device: torch.device, group: Any = None
-) -> str:
+def loss_backend(kernels: Any, config: Flags, rows: int, columns: int, device: torch.device, group: Any = None) -> str:
     """What `--loss-backend` stands for at this shape: "naive", the loss of the method's own file, or one of `kernels`.
 
     `kernels` is the package, or None where it was not copied along; `group` that of a loss over several processes.
@@ -788,11 +799,7 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     share_out(config)
     apart = Path(config.init).resolve() != (out / "backbone.pt").resolve()
     ensure(apart, f"--init {config.init}: this run would overwrite it; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out).close()  # the run takes it again
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+    make(out).close()  # the run takes it again
     if data is None:
         data = load_data(config, device)
     else:
@@ -804,6 +811,23 @@ def start(config: RunConfig, data: Any = None) -> tuple[torch.device, Data]:
     share_out(config)
     torch.manual_seed(config.seed)
     return device, data
+
+
+def name_of(device: torch.device) -> str:
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"{device}, {torch.get_num_threads()} threads"
+
+
+def say(config: Flags, about: dict[str, str]) -> None:
+    """Print what runs: the method with the flags given, then a line, or as many as the terminal needs, of each."""
+    words = [f"--preset {config.recipe}"]
+    for name in (name for name in flags(type(config)) if name in config.given):
+        value = getattr(config, name)
+        words.append(dashed(f"no_{name}" if value is False else name) + f" {value}" * (not isinstance(value, bool)))
+    width = min(116, shutil.get_terminal_size((116, 24)).columns)
+    for name, text in {config.method(): " ".join(words), **about}.items():
+        text = textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False)
+        print(text, flush=True)
 
 
 def share_out(config: RunConfig) -> None:
@@ -864,6 +888,15 @@ def fit(config: RunConfig, what: str, fitted: dict[str, float]) -> None:
     config.check()
 
 
+def make(folder: Path) -> Any:
+    """The folder of a run, if need be a new one, and its `lock`. Raises `InputError` where none can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock(folder)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+
 def lock(folder: Path) -> Any:
     """An open file; until it is closed, or this process ends in whatever way, no other one trains in this folder.
 
@@ -882,6 +915,16 @@ def lock(folder: Path) -> Any:
     for part in folder.glob("*.pt.*.part"):  # of a process that was killed while it wrote
         part.unlink()
     return file
+
+
+def keep_aside(folder: Path) -> None:
+    """Rename the checkpoints of a run that the folder holds, if any, and say so."""
+    there = [path for name in ("checkpoint.pt", "checkpoint.previous.pt") if (path := folder / name).exists()]
+    kept = next(n for n in itertools.count(1) if not [*folder.glob(f"checkpoint.run{n}.*")])
+    for path in there:
+        os.replace(path, path.with_name(path.name.replace("checkpoint", f"checkpoint.run{kept}")))
+    if there:
+        print(f"note: {folder} held a run; its checkpoint is kept as checkpoint.run{kept}.pt, the rest goes")
 
 
 def save_whole(state: Any, path: Path, before: Path | None = None) -> None:
@@ -929,7 +972,7 @@ def load_checkpoint(path: Path, method: str | None = None) -> dict[str, Any]:
     return state
 
 
-def load_run(folder: str | Path) -> tuple[RunConfig, nn.Module]:
+def load_run(folder: str | Path) -> tuple[Flags, nn.Module]:
     """The config and the trained model, in eval mode, of a run's folder. Raises `InputError` for anything else."""
     path = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(path)
@@ -937,10 +980,13 @@ def load_run(folder: str | Path) -> tuple[RunConfig, nn.Module]:
     beside = re.fullmatch(r"\w+", name) and (Path(__file__).parent / f"{name}.py").is_file()
     ensure(beside, f"{path}: a run of {name}; put {name}.py beside common.py")
     method = importlib.import_module(name)
+    ours = Path(inspect.getfile(method)).resolve().parent == Path(__file__).resolve().parent
+    ensure(ours, f"{path}: another {name} is imported, {inspect.getfile(method)}; put this folder first on the path")
     try:
         config = method.Config(**state["config"])
         kind, weights = state["parts"]["model"]
-        model = getattr(method, kind)(dataclasses.replace(config, init="random"))
+        fresh = dataclasses.replace(config, init="random") if isinstance(config, RunConfig) else config
+        model = getattr(method, kind)(fresh, *state.get("inputs", ()))
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path} is not a whole checkpoint of {name}; train again") from None
@@ -971,7 +1017,7 @@ class Run:
         self.next_look = 0  # step
         self.signal, self.saving, self.warned, self.live = 0, False, False, sys.stdout.isatty()
         self.seen = {"data (training images)": len(data.train), "data (classes)": data.classes}
-        there = [path for path in (self.checkpoint, self.before) if path.exists()]
+        there = self.checkpoint.exists() or self.before.exists()
         self.board = None
         if config.tensorboard:
             try:
@@ -983,11 +1029,8 @@ class Run:
             self.load()
         elif config.resume:
             print("no checkpoint was written yet: starting from the beginning")
-        elif there and self.rank == 0:
-            kept = next(n for n in itertools.count(1) if not [*self.out.glob(f"checkpoint.run{n}.*")])
-            for path in there:
-                os.replace(path, path.with_name(path.name.replace("checkpoint", f"checkpoint.run{kept}")))
-            print(f"note: {self.out} held a run; its checkpoint is kept as checkpoint.run{kept}.pt, the rest goes")
+        elif self.rank == 0:
+            keep_aside(self.out)
         steps = gather(torch.tensor([self.step]))
         ensure(
             (steps == self.step).all(), f"--out {self.out}: all processes must see the same; give a folder they share"
@@ -1011,18 +1054,12 @@ class Run:
         """Say what runs: the command, data, steps, network, device, and the method's own lines."""
         c, backbone = self.config, sum(p.numel() for p in self.model.backbone.parameters()) / 1e6
         heads = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6 - backbone
-        cuda = self.device.type == "cuda"
-        on = torch.cuda.get_device_name(self.device) if cuda else f"{self.device}, {torch.get_num_threads()} threads"
+        on = name_of(self.device)
         own = c.batch_size // self.world
         start = f" from the weights of {c.init}" * (c.init != "random")
         pieces = f" in pieces of {c.micro_batch_size}" * (0 < c.micro_batch_size < own)
         on = f"{self.world} processes, {own} images of a batch each; {on}" if self.world > 1 else on
-        words = [f"--preset {c.recipe}"]
-        for name in (name for name in flags(type(c)) if name in c.given):
-            value = getattr(c, name)
-            words.append(dashed(f"no_{name}" if value is False else name) + f" {value}" * (not isinstance(value, bool)))
         about = {
-            c.method(): " ".join(words),
             "data": self.data.describe(),
             "steps": f"{self.steps:,} of batch {c.batch_size}{pieces} an epoch, {self.total:,} in all",
             "network": f"{c.backbone}{start}, {backbone:.2f} M parameters, h {self.model.backbone.feature_dim}-d; "
@@ -1030,10 +1067,7 @@ class Run:
             "device": f"{on}; mixed precision {c.amp}; torch.compile {'on' if c.compile else 'off'}",
             **lines,
         }
-        width = min(116, shutil.get_terminal_size((116, 24)).columns)
-        for name, text in about.items():
-            text = textwrap.fill(f"{name:10}{text}", width, subsequent_indent=" " * 10, break_on_hyphens=False)
-            print(text, flush=True)
+        say(c, about)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, as `log` counts. While they run, a signal to stop waits for the end of a step."""
