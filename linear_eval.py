@@ -368,6 +368,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Do what the command line asks for; prints a table and returns its figures."""
     args = parse(argv)
     config, model = common.load_run(args.run)
+    images_of = isinstance(config, RunConfig)
+    common.ensure(
+        images_of, f"{args.run}: a run of {config.method()}, not of images; its embedding.npz is what to look at"
+    )
     if args.untrained:
         torch.manual_seed(config.seed)
         model = type(model)(dataclasses.replace(config, resume=False)).eval()

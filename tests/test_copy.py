@@ -76,3 +76,13 @@ def test_kernels_that_are_broken_are_not_taken_for_absent(tmp_path):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     done = python("-c", BROKEN, *CONTRASTIVE, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_cebra_copied_with_its_three_modules_runs(tmp_path):
+    for name in ("cebra", "recordings", "common", "images"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    spikes = "np.random.default_rng(0).poisson(1, (300, 4))"
+    code = f"import numpy as np; np.savez('mine.npz', spikes={spikes}, behavior=np.arange(300.0))"
+    done = python("-c", f"{code}\n{ALL}", "cebra.py --data mine.npz --epochs 1 --batch-size 60", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "info_nce, naive" in done.stdout and (tmp_path / "runs" / "cebra" / "embedding.npz").exists()

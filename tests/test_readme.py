@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
-METHODS = [path.stem for path in ROOT.glob("*.py") if "class Config(RunConfig)" in path.read_text()]
+METHODS = [path.stem for path in ROOT.glob("*.py") if re.search(r"class Config\((RunConfig|Flags)\)", path.read_text())]
 OTHERS = {
     "--fix-pred-lr",
     "--index-url",
