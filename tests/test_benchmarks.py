@@ -1,8 +1,10 @@
 """The experiments of benchmarks/: their formulas, and each on a few images."""
 
 import math
+import re
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from torchvision.transforms import functional as TF
 import common
 import images
 import pairwise
+import recordings
 import simclr
 import simsiam
 import supcon
@@ -24,12 +27,14 @@ from benchmarks import (
     augmentations,
     detection,
     eigenspaces,
+    neural,
     pipeline,
     simsiam_section5,
     supervised,
     table,
     theory,
 )
+from recordings import make_track
 from tests.helpers import ROOT, equal, saved
 
 TINY = ["--epochs", "1", "--batch-size", "40", "--knn-every", "0"]
@@ -627,3 +632,66 @@ def test_pipeline_compares_both(monkeypatch, capsys):
     pipeline.views(32, 8, 1)
     loop, views = capsys.readouterr().out.strip().split("\n")
     assert loop.startswith("resnet8, batch 16, train and bare: ") and "median ratio" in views
+
+
+# ----------------------------------------------------------------------------------------------------------- neural
+
+
+def test_consistency_is_one_for_what_a_linear_map_leads_to():
+    torch.manual_seed(0)
+    z, other = torch.randn(500, 3), torch.randn(500, 3)
+    assert neural.consistency([z]) is None
+    assert neural.consistency([z, z @ torch.randn(3, 3) + 1]) == pytest.approx(1, abs=1e-9)
+    assert neural.consistency([z, other]) < 0.03
+    a, b = z[:, :1], torch.cat([z[:, :1], other[:, :1]], 1)  # a from b whole, b from a the half
+    assert neural.consistency([a, b]) == pytest.approx((1 + (1 + 0) / 2) / 2, abs=0.01)
+
+
+def test_neural_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "make_track", lambda: make_track(seconds=15, neurons=8))
+    small = ["--epochs", "2", "--batch-size", "64", "--out", str(tmp_path)]
+    found = neural.main([*small, "--seeds", "0", "1", "--rows", "time", "behavior, shuffled"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
+    assert rows[0] == ["", "median error, cm", "R2", "direction", "fit, bits", "consistency", "s"]
+    names = ["time", "behavior, shuffled", "PCA of 1 sample, 3-d", "spikes of 1 sample", "PCA of 10 samples, 3-d"]
+    assert [row[0] for row in rows[2:]] == [*names, "spikes of 10 samples", "a guess"]
+    for row, mode in zip(rows[2:4], ("time", "behavior, shuffled"), strict=True):
+        assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", row[1]) and 0 < float(row[5]) <= 1
+        with np.load(tmp_path / f"{mode}-seed-1" / "embedding.npz") as file:
+            assert file["z"].shape == (600, 3)
+    with pytest.raises(images.InputError, match="--mode: not for this experiment"):
+        neural.main([*small, "--mode", "time"])
+
+
+def test_neural_beside_a_package(tmp_path, monkeypatch):
+    """A stand-in for the package, on the path of the process of its own: it must get the arrays, flags and steps."""
+    monkeypatch.setattr(recordings, "make_track", lambda: make_track(seconds=15, neurons=8))
+    small = ["--epochs", "2", "--batch-size", "64", "--out", str(tmp_path / "runs"), "--peer", "--rows", "behavior"]
+    code = """
+        import numpy as np
+        __version__ = "0.0"
+        class CEBRA:
+            def __init__(self, **given):
+                assert given["max_iterations"] == 14 and given["conditional"] == "time_delta", given
+                assert given["time_offsets"] == 10 and given["batch_size"] == 64 and given["device"] == "cpu"
+            def fit(self, spikes, behavior, labels):
+                assert spikes.shape == (480, 8) and behavior.shape == (480, 1) and labels.shape == (480,)
+            def transform(self, spikes):
+                return spikes[:, :3]
+    """
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "cebra.py").write_text(textwrap.dedent(code))
+    run = subprocess.run
+
+    def with_the_package(command, **given):
+        start = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        return run([*command[:3], start + command[3], *command[4:]], **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(neural.subprocess, "run", with_the_package)
+        lines = neural.main(small).splitlines()
+    assert lines[3].startswith("| behavior, cebra 0.0 |") and len(lines) == 4
+    absent = "import sys; sys.modules['cebra'] = None\n"
+    with monkeypatch.context() as patch, pytest.raises(images.InputError, match="pip install cebra"):
+        patch.setattr(neural.subprocess, "run", lambda c, **given: run([*c[:3], absent + c[3], *c[4:]], **given))
+        neural.main(small)
