@@ -121,13 +121,10 @@ class Sampler:
         why = f"--mode {self.mode}: the {samples} samples have no behavior that changes, and no two labels; take time"
         ensure(self.mode == "time" or several or changes, why)
         ensure(not config.shuffle or self.mode != "time", "--shuffle: --mode time uses no behavior; leave it out")
-        why = (
-            "positives are of one label too, without behavior"
-            if several
-            else f"the {samples} samples have no two labels"
-        )
-        fits = several and (self.mode == "time" or changes)
-        ensure(config.negatives == "uniform" or fits, f"--negatives label: {why}; take uniform")
+        uniform = config.negatives == "uniform"
+        ensure(uniform or several, f"--negatives label: the {samples} samples have no two labels; take uniform")
+        why = "--negatives label: without behavior positives are of one label, too; take uniform"
+        ensure(uniform or self.mode == "time" or changes, why)
         label = torch.zeros(samples, dtype=torch.long) if labels is None else labels
         behavior = torch.zeros(samples, 0, dtype=torch.float64) if behavior is None else behavior
         if config.shuffle:
@@ -298,10 +295,8 @@ def train(config: Config, data: dict[str, Any] | None = None) -> dict[str, Any]:
             rows.append([epoch, mean, (chance - mean) / math.log(2), tau, steps * n / (time.monotonic() - started)])
             if epoch % max(1, config.epochs // 10) == 0 or not math.isfinite(mean):
                 save(config, model, rows)
-                told = (
-                    f"epoch {epoch:3d}/{config.epochs}  {rows[-1][-1]:,.0f} samples/s  loss {mean:.4f}  tau {tau:.3f}"
-                )
-                print(told, flush=True)
+                told = f"{rows[-1][-1]:,.0f} samples/s  loss {mean:.4f}  tau {tau:.3f}"
+                print(f"epoch {epoch:3d}/{config.epochs}  {told}", flush=True)
         save(config, model, rows)
 
         metrics = {"loss": rows[-1][1], "goodness of fit": rows[-1][2]} if rows else {}

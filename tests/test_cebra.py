@@ -322,7 +322,7 @@ def test_bad_flags_are_one_line(given, words, track, tmp_path):
     "left, given, words",
     [
         (["labels"], {"negatives": "label"}, "no two labels; take uniform"),
-        (["behavior"], {"negatives": "label"}, "positives are of one label too"),
+        (["behavior"], {"negatives": "label"}, "positives are of one label, too"),
         (["labels", "behavior"], {}, "no two labels; take time"),
     ],
 )
