@@ -452,13 +452,13 @@ def test_presets_and_help(capsys):
 def test_the_demo_decodes_position(tmp_path):
     """Twice as well as PCA; by time better than PCA; at chance where behaviour is shuffled. Half the demo's
     track, and a quarter of its steps."""
-    half = make_track(seconds=300)
-    metrics = cebra.train(config(epochs=10, out=str(tmp_path / "demo")), half)
+    part = make_track(seconds=300)
+    metrics = cebra.train(config(epochs=10, out=str(tmp_path / "demo")), part)
     assert 2 * metrics["median error of z, 3-d"] < metrics["median error of PCA of 10 samples, 3-d"]
     assert metrics["labels of z, 3-d"] > 0.8
-    time = cebra.train(config(mode="time", epochs=6, out=str(tmp_path / "time")), half)
+    time = cebra.train(config(mode="time", epochs=4, out=str(tmp_path / "time")), part)
     assert time["median error of z, 3-d"] < time["median error of PCA of 10 samples, 3-d"]
-    shuffled = cebra.train(config(shuffle=True, epochs=4, out=str(tmp_path / "shuffled")), half)
+    shuffled = cebra.train(config(shuffle=True, epochs=3, out=str(tmp_path / "shuffled")), part)
     assert shuffled["R2 of z, 3-d"] < 0.1
     assert shuffled["median error of z, 3-d"] > 0.8 * shuffled["median error of a guess"]
     assert shuffled["labels of z, 3-d"] < 0.65

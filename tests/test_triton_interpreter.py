@@ -47,11 +47,13 @@ def test_in_a_process_of_its_own():
 
 # Odd shapes, more and fewer rows than a block, more columns than a block, d beyond one tile, t on both sides of 1/64.
 SHAPES = [(1, 1, 0.5), (3, 5, 10.0), (64, 96, 0.001), (35, 700, 0.07)]
+FLOAT64, FLOAT32 = (torch.float64, 1e-10), (torch.float32, 1e-5)  # and the largest error
+CASES = [(*shape, *FLOAT64) for shape in SHAPES] + [(*SHAPES[-1], *FLOAT32)]
+CASES += [pytest.param(*shape, *FLOAT32, marks=pytest.mark.slowest) for shape in SHAPES[:-1]]
 
 
 @interpreted
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("m, d, t", SHAPES)
+@pytest.mark.parametrize("m, d, t, dtype, bound", CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_paper(name, m, d, t, dtype, bound):
     torch.manual_seed(m)
@@ -79,11 +81,18 @@ def test_a_label_of_minus_one_is_none(loss):
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about inf - inf
-@pytest.mark.parametrize("check", [check_rows_of_any_length, check_what_is_not_finite])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_any_length(name, check):
-    check(name, "triton")
+def test_rows_of_any_length(name):
+    check_rows_of_any_length(name, "triton")
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about inf - inf
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slowest] * (n not in ("nt_xent", "sup_con in"))) for n in NAMES]
+)
+def test_what_is_not_finite(name):
+    check_what_is_not_finite(name, "triton")
 
 
 @interpreted
@@ -115,7 +124,7 @@ def test_gradcheck(name):
 
 @interpreted
 @pytest.mark.parametrize("kind", ["random", "identical", "clustered", "zero row"])
-@pytest.mark.parametrize("t", [0.05, 0.5])
+@pytest.mark.parametrize("t", [0.05, pytest.param(0.5, marks=pytest.mark.slowest)])
 def test_float16_errs_at_most_twice_what_the_naive_loss_errs(kind, t):
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, 70, 64).half().float()
@@ -234,7 +243,7 @@ def test_a_call_is_four_launches_forward_and_three_backward(name, backward, monk
 
 
 @interpreted
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "small"])
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_100", marks=pytest.mark.slowest), "small"])
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_of_other_cards(name, target, monkeypatch):
     """sm_80 and small load by pointers, not by descriptors; small takes 300 columns in chunks."""
