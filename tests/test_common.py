@@ -703,7 +703,7 @@ def test_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "curves.png").exists()
 
 
-@pytest.mark.parametrize("given", [{"amp": "bf16"}, pytest.param({"compile": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("given", [{"amp": "bf16"}, pytest.param({"compile": True}, marks=pytest.mark.slowest)])
 def test_a_run_in_mixed_precision_or_compiled(given, tmp_path, no_curves):
     plain, other = (train(tmp_path, epochs=1, **flags)["loss"] for flags in ({}, given))
     assert math.isclose(plain, other, rel_tol=0.1)
@@ -1227,7 +1227,7 @@ runpy.run_path("simclr.py", run_name="__main__")
         pytest.param(signal.SIGTERM, 0, "fork", marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 0, "fork", marks=pytest.mark.slow),
         pytest.param(
-            signal.SIGINT, 0, "spawn", marks=pytest.mark.slow
+            signal.SIGINT, 0, "spawn", marks=pytest.mark.slowest
         ),  # of macOS; Python 3.14 has forkserver, as bare
     ],
 )
