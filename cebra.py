@@ -71,12 +71,12 @@ class Config(Flags):
     negatives: Literal["uniform", "label"] = "uniform"  # in time; label: t and t_j of a step are all of one label
     shuffle: bool = False  # the control: t+ is drawn by behaviour and labels in another order; decoding is not
     encoder: Literal["conv", "mlp"] = "conv"  # of ten samples (the package's offset10-model), or of one (offset1-model)
-    hidden_dim: int = 32  # width of the hidden layers
+    hidden_dim: int = 32  # width of the hidden layers (the notebooks)
     embedding_dim: int = 3  # d, width of z (3 to 32)
     similarity: Literal["cosine", "euclidean"] = "cosine"  # of z on the sphere, or anywhere: minus the squared distance
-    temperature: float = 1.0  # tau; where it starts, if learnt
+    temperature: float = 1.0  # tau (the package); where it starts, if learnt
     learn_temperature: bool = False  # train tau, by its logarithm, down to --min-temperature
-    min_temperature: float = 0.1  # the least tau that is learnt
+    min_temperature: float = 0.1  # the least tau that is learnt (the package)
     epochs: int = 667  # of T / N steps (10,000 for the rat's 10,178 samples, of which 0.8 train)
     batch_size: int = 512  # N times, and as many negatives
     lr: float = 3e-4  # of Adam, constant
@@ -133,6 +133,8 @@ class Sampler:
         self.pool = label if config.negatives == "label" else torch.zeros_like(label)
         self.last = samples - self.offset * (self.mode != "behavior")  # later ones have no positive by time
         self.times, self.negatives = Groups(self.pool[: self.last]), Groups(self.pool)
+        if self.mode == "time":
+            return
         far = 1 + 4 * (behavior.amax(0) - behavior.amin(0)).norm()  # no change leads so far: the same label is nearer
         context = torch.cat([far * label[:, None], behavior], 1)  # (T, 1 + k)
         self.contexts, self.context_of = context.unique(dim=0, return_inverse=True)  # sorted

@@ -96,10 +96,8 @@ def load(data: str | dict[str, Any]) -> Recording:
         x = x[:, None] if key == "behavior" and x.ndim == 1 else x
         fits = x.ndim == (1 if key == "labels" else 2) and x.size and len(x) == len(found.get("spikes", x))
         ensure(fits, f"{name}: {key} must be {shape}, with the T of spikes, got {x.shape}")
-        ensure(
-            x.dtype.kind in kinds,
-            f"{name}: {key} must be {'numbers' if kinds == 'biuf' else 'numbers or words'}, got {x.dtype}",
-        )
+        what = "numbers" if kinds == "biuf" else "numbers or words"
+        ensure(x.dtype.kind in kinds, f"{name}: {key} must be {what}, got {x.dtype}")
         x = x.astype({"spikes": np.float32, "behavior": np.float64}.get(key, x.dtype))
         ensure(x.dtype.kind != "f" or np.isfinite(x).all(), f"{name}: {key} has values that are not finite; drop them")
         found[key] = x
@@ -129,10 +127,8 @@ def compare(z: list[Tensor], parts: tuple[Recording, ...], field: int) -> dict[s
     d = z[0].shape[1]
     table = {f"z, {d}-d": z}
     for width in sorted({1, field}):
-        counts, of = (
-            [pad(part.spikes, width).unfold(0, width, 1).sum(2) for part in parts],
-            f"{width} sample{'s' * (width > 1)}",
-        )
+        of = f"{width} sample{'s' * (width > 1)}"
+        counts = [pad(part.spikes, width).unfold(0, width, 1).sum(2) for part in parts]
         axes = torch.linalg.eigh(torch.cov(counts[0].T).view(counts[0].shape[1], -1)).eigenvectors[:, -d:]
         table |= {f"PCA of {of}, {axes.shape[1]}-d": [x @ axes for x in counts], f"spikes of {of}": counts}
     table["a guess"] = [torch.rand(len(part.spikes), 1) for part in parts]
@@ -186,10 +182,8 @@ def picture(z: Tensor, recording: Recording, path: Path) -> None:
         return
     few = slice(None, None, -(-len(z) // 5000))
     _, behavior, labels, values = recording.at(few)
-    value, z = (
-        torch.arange(len(z))[few] if behavior is None else behavior[:, 0],
-        F.pad(z[few, :3], (0, 3 - min(3, z.shape[1]))),
-    )
+    value = torch.arange(len(z))[few] if behavior is None else behavior[:, 0]
+    z = F.pad(z[few, :3], (0, 3 - min(3, z.shape[1])))
     if labels is None or len(values) > 4:
         labels, values = torch.zeros(len(z)), ["any"]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
