@@ -416,6 +416,16 @@ def test_a_loss_that_is_not_finite_is_one_line(track, tmp_path):
         cebra.train(config(lr=1e30, similarity="euclidean", epochs=3, batch_size=64, out=str(tmp_path)), track)
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    c = config(out=str(tmp_path))
+    model = cebra.CEBRA(c, 4)
+    cebra.save(c, model, [])
+    model.backbone[0].product.weight.data[0, 0] = math.nan
+    with pytest.raises(common.RunFailure, match="the last good one is kept"):
+        cebra.save(c, model, [])
+    assert common.load_run(tmp_path)[1].backbone[0].product.weight.isfinite().all()
+
+
 def test_without_matplotlib_there_is_no_picture(track, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     cebra.train(config(epochs=1, out=str(tmp_path)), track)
