@@ -1,10 +1,16 @@
 """What the experiments share: their flags, the table of their rows, and how a picture is written."""
 
 import argparse
+import os
+import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+import torchvision
 
 import common
 import linear_eval
@@ -66,6 +72,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine(device: str = "cpu") -> str:
+    """What measured: the versions, and the processor with the instructions that torch uses, or the GPU."""
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    if common.pick_device(device).type == "cuda":
+        return f"{versions}, {torch.cuda.get_device_name(device)}"
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists() and (named := re.search(r"model name\s*: (.+)", info.read_text())):
+        cpu = named[1]
+    return f"{versions}, {cpu or 'a CPU'} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
 
 
 def figure(width: float, height: float, path: str | Path, draw: Callable) -> None:

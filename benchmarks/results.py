@@ -1,0 +1,254 @@
+"""Every method under one protocol: kNN and linear top-1 on real images, with two controls.
+
+    python benchmarks/results.py --data /path/of/cifar10 --jobs 2         30 epochs of resnet8: hours; again: goes on
+    python benchmarks/results.py --data /path/of/cifar10 --quick          two epochs of a tenth of the images: minutes
+    python benchmarks/results.py --data cifar10 --device cuda --backbone resnet18 --epochs 200 --amp bf16
+
+`/path/of/cifar10` holds `train/` and `test/` with a folder of images a class; `cifar10` downloads. Each row is a
+method's preset cifar with one backbone, batch and number of epochs, a warm-up of a tenth of them, and a learning rate
+by one rule: of --rates, multiples of the preset's (scaled with N where the method does not), the one with the best kNN
+of h after a third of the epochs on a tenth of the training images, judged on another tenth of them. The held-out images
+choose nothing: the row is of the last epoch. Controls: the same network before training, and cross-entropy with all
+labels.
+Flags that are not listed, such as --device or --amp, go to every run.
+
+Runs live in --out, a process a row; stopped (Ctrl-C, SIGTERM, power) and started again, what is done stays and what was
+running goes on from its checkpoint. The table and the commands of its rows are printed and written to --out/results.md.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import linear_eval
+from benchmarks import table
+from common import OneLineParser, ensure
+from images import Data, Images
+
+ROWS = {  # row -> the method's file, and what differs from its preset cifar
+    "SimCLR": ("simclr", ""),
+    "MoCo v2": ("moco", "--projection-head mlp"),
+    "BYOL": ("byol", ""),
+    "SimSiam": ("simsiam", ""),
+    "SwAV": ("swav", ""),
+    "SupCon": ("supcon", ""),
+    "cross-entropy": ("supcon", "--loss cross-entropy"),
+    "untrained": ("simclr", "--epochs 0"),
+}
+HEAD = ("", "lr", "kNN of h", "linear on h", "images/s", "minutes", "GB")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = result.add_argument
+    add("--data", required=True, help="folder of labelled images with train/ and test/, or cifar10, cifar100, stl10")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the rows (default: all)")
+    add("--backbone", default="resnet8", help="of every row (default resnet8)")
+    add("--epochs", type=int, default=30, help="of every row (default 30)")
+    add("--batch-size", type=int, default=128, help="N of every row (default 128)")
+    add("--rates", type=float, nargs="+", default=[1, 3, 10], help="tried, times the preset's (default 1 3 10)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of SimCLR; other rows take the first (default 0 1 2)")
+    add("--jobs", type=int, default=1, help="rows at a time (default 1)")
+    add("--threads", type=int, default=0, help="of each row (default: the cores over --jobs)")
+    add("--quick", action="store_true", help="2 epochs of a tenth of the images, the preset's rate, one seed")
+    add("--out", default="runs/results", help="folder of the runs (default runs/results)")
+    return result
+
+
+def tenth(data: Data) -> Data:
+    """A tenth of the training images of each class to train on, and another tenth of them to judge by."""
+    labels, place = data.train.labels, torch.zeros(len(data.train), dtype=torch.long)
+    for label in labels.unique():
+        of_class = (labels == label).nonzero().squeeze(1)
+        place[of_class] = torch.arange(len(of_class)) % 10
+
+    def part(number: int) -> Images:
+        s, rows = data.train, (place == number).nonzero().squeeze(1)
+        return Images(s.images, (), s.sizes[rows], s.labels[rows], s.device, s.rows[rows])
+
+    return Data(data.name, part(0), part(1), data.classes)
+
+
+def config_of(row: str, args: argparse.Namespace, rest: list[str], seed: int, **changes: Any) -> Any:
+    """The config of one run of a row; its command line is what `common.say` prints and `command` writes."""
+    method, own = ROWS[row]
+    kind = importlib.import_module(method).Config
+    lr = kind.PRESETS["cifar"].get("lr", kind.lr) * changes.pop("rate")
+    if kind.lr_of_preset_batch:
+        lr *= args.batch_size / kind.PRESETS["cifar"].get("batch_size", kind.batch_size)
+    epochs = changes.pop("epochs")
+    given = {"preset": "cifar", "data": args.data, "backbone": args.backbone, "epochs": epochs}
+    given |= {"batch_size": args.batch_size, "warmup_epochs": f"{epochs / 10:g}", "lr": f"{lr:.3g}", "seed": seed}
+    given |= {"knn_every": max(1, epochs), **changes}
+    words = [word for name, value in given.items() for word in (common.dashed(name), str(value))]
+    config = common.parse_args(kind, [*words, *shlex.split(own), *rest])
+    config.resume = (Path(config.out) / "checkpoint.pt").exists()
+    return config
+
+
+def command(config: Any) -> str:
+    """What runs the same from a command line, its linear top-1 besides."""
+    given = [(name, getattr(config, name)) for name in common.flags(type(config)) if name in config.given]
+    words = [common.dashed(name if value is not False else f"no_{name}") for name, value in given]
+    words = [w if isinstance(v, bool) else f"{w} {shlex.quote(str(v))}" for w, (_, v) in zip(words, given, strict=True)]
+    return (
+        f"python {config.method()}.py --preset {config.recipe} {' '.join(words)} && python linear_eval.py {config.out}"
+    )
+
+
+def one_run(config: Any, data: Data, linear: bool) -> dict[str, Any]:
+    """Train, judge and write result.json; read it where that has been done. A run that fails is a result, too."""
+    written = Path(config.out) / "result.json"
+    if written.exists():
+        return json.loads(written.read_text())
+    said, result = command(config), {}
+    train = sys.modules[type(config).__module__].train
+    try:
+        metrics = train(config, data)
+        result |= {"knn_top1": metrics["knn_top1"], "untrained": metrics["knn untrained h"]}
+    except common.RunFailure as error:
+        result |= {"knn_top1": 0.0, "failed": str(error)}
+    log = (Path(config.out) / "log.csv").read_text().split()[1:]
+    speeds = [float(line.split(",")[-1]) for line in log]
+    if speeds:
+        each = len(data.train) // config.batch_size * config.batch_size
+        result |= {"images_per_second": statistics.median(speeds), "minutes": sum(each / s for s in speeds) / 60}
+    if linear and "failed" not in result:
+        _, model = common.load_run(config.out)
+        device = data.train.device
+        model = model.to(device, memory_format=torch.channels_last)
+        found = linear_eval.class_of(linear_eval.parse([str(config.out)]), config, model, data)
+        result["linear_top1"] = found["linear_top1"]
+    cuda = data.train.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result |= {"gigabytes": peak / 1e9, "lr": config.lr, "command": said}
+    common.save_whole(json.dumps(result, indent=1) + "\n", written)
+    return result
+
+
+def one_row(row: str, seed: int, args: argparse.Namespace, rest: list[str]) -> None:
+    """Choose the row's rate by the rule, and make its run: the work of one process."""
+    out, quick = Path(args.out) / row.replace(" ", "-"), args.quick
+    final = {"epochs": args.epochs, "out": str(out / f"seed-{seed}")}
+    config = config_of(row, args, rest, seed, rate=1, **final)
+    data = common.load_data(config, common.pick_device(config.device))
+    ensure(data.labelled, f"--data {args.data}: no class sub-folders with held-out images; give a set with labels")
+    ensure(data.train.images is not None, f"--data {args.data}: too large for --resident-gb; raise it")
+    rate = args.rates[0]
+    if len(args.rates) > 1 and row != "untrained":
+        tries = {}
+        for rate in args.rates:
+            short = {"epochs": -(-args.epochs // 3), "out": str(out / f"rate-{rate:g}")}
+            # the rule has one seed, that of the row's first
+            found = one_run(config_of(row, args, rest, args.seeds[0], rate=rate, **short), tenth(data), linear=False)
+            tries[rate] = found["knn_top1"]
+        rate = max(tries, key=tries.get)
+    one_run(config_of(row, args, rest, seed, rate=rate, **final), tenth(data) if quick else data, linear=True)
+
+
+def report(args: argparse.Namespace) -> str:
+    """The table of what is done, the rates that were tried, and the commands."""
+    lines, tried, commands = [], [], []
+    for row in args.rows:
+        out = Path(args.out) / row.replace(" ", "-")
+        seeds = args.seeds if row == "SimCLR" else args.seeds[:1]
+        done = [out / f"seed-{seed}" / "result.json" for seed in seeds]
+        found = [json.loads(path.read_text()) for path in done if path.exists()]
+        if not found:
+            continue
+        if "failed" in found[0]:
+            lines.append([row, f"{found[0]['lr']:g}", found[0]["failed"], "", "", "", ""])
+        else:
+            form = {"knn_top1": 3, "linear_top1": 3, "images_per_second": 0, "minutes": 1, "gigabytes": 2}
+            cells = [table.over_seeds([f.get(key) for f in found], places) for key, places in form.items()]
+            lines.append([row, f"{found[0]['lr']:g}" if row != "untrained" else "", *cells])
+        rates = {rate: out / f"rate-{rate:g}" / "result.json" for rate in args.rates}
+        each = {rate: json.loads(path.read_text()) for rate, path in rates.items() if path.exists()}
+        if each:
+            tried.append([row, *(f"{r['knn_top1']:.3f} ({r['lr']:g})" for r in each.values())])
+        commands += [f["command"] for f in found]
+    parts = [table.markdown(HEAD, lines)]
+    if tried:
+        head = ["kNN of the short runs (lr)", *(f"{rate:g} times the preset's rate" for rate in args.rates)]
+        parts.append(table.markdown(head, tried))
+    return "\n\n".join([*parts, "\n".join(f"    {line}" for line in commands)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser()
+    flags.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # row and seed: what a process of its own does
+    args, rest = flags.parse_known_args(argv)
+    if args.quick:
+        args.epochs, args.rates, args.seeds = 2, [1], args.seeds[:1]
+    if args.one:
+        one_row(args.one[0], int(args.one[1]), args, rest)
+        return
+    for name in ("--preset", "--lr", "--seed", "--warmup-epochs", "--knn-every", "--resume"):
+        ensure(name not in rest, f"{name}: the protocol sets it; leave it out")
+    for row in args.rows:  # wrong flags are told before any run
+        config_of(row, args, rest, args.seeds[0], rate=1, epochs=args.epochs, out=f"{args.out}/{row}")
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rule = {k: v for k, v in vars(args).items() if k not in ("one", "rows", "seeds", "jobs", "threads", "out")}
+    rule, kept = json.dumps(rule | {"rest": rest}) + "\n", folder / "protocol.json"
+    same = not kept.exists() or kept.read_text() == rule
+    ensure(same, f"--out {folder}: its runs are of another protocol, see {kept}; choose another folder")
+    common.save_whole(rule, kept)
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    running: set[subprocess.Popen] = set()
+    stopping = []
+
+    def start(row: str, seed: int) -> None:
+        if stopping:
+            return
+        words = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--one", row, str(seed)]
+        with open(folder / f"{row.replace(' ', '-')}-{seed}.txt", "a") as output:
+            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            child = subprocess.Popen(words, stdout=output, stderr=output, env=env, start_new_session=True)
+        running.add(child)
+        status = child.wait()
+        running.discard(child)
+        tail = Path(output.name).read_text().strip().split("\n")[-1]
+        print(f"{row}, seed {seed}: {'done' if not status else f'exit status {status}: {tail}'}", flush=True)
+
+    def stop(number: int, _: Any) -> None:
+        stopping.append(number)
+        for child in list(running):
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()  # its checkpoint is written at the end of the step
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda row: start(row, args.seeds[0]), args.rows))
+            list(pool.map(lambda seed: start("SimCLR", seed), args.seeds[1:] if "SimCLR" in args.rows else ()))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = report(args)
+    common.save_whole(said + "\n", folder / "results.md")
+    print(f"\n{table.machine()}, {args.jobs} at a time, {threads} threads each\n\n{said}")
+    if stopping:
+        raise common.Stopped(f"stopped; the same command goes on with what is left in {folder}", stopping[0])
+
+
+if __name__ == "__main__":
+    with common.exit_status():
+        main()
