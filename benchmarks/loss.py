@@ -7,9 +7,10 @@
 
 Forward and backward, median of interleaved runs in random order; memory is the peak beyond the inputs, each measured
 in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operations, or 2 x 2 N K d) over the time,
-against this machine's own large matrix product, timed in between. lightly is the installed one where it is installed;
-else, and of the other libraries, the formula, written here from their papers and documents. Prints a table and writes a
-CSV (--csv).
+against this machine's own large matrix product, timed in between. lightly and pytorch-metric-learning are the installed
+ones (`pip install lightly pytorch-metric-learning`); where lightly is not, and of SupContrast and solo-learn, which do
+not install, it is the formula, written here from their papers and documents. Before it is timed, each must give our
+value. Prints a table and writes a CSV (--csv).
 """
 
 import argparse
@@ -101,6 +102,14 @@ try:
     del NT_XENT["lightly"]
 except ImportError:
     pass
+try:
+    from pytorch_metric_learning import __version__ as version
+    from pytorch_metric_learning.losses import NTXentLoss as PairsLoss
+    from pytorch_metric_learning.losses import SelfSupervisedLoss
+
+    NT_XENT[f"metric-learning {version}"] = SelfSupervisedLoss(PairsLoss(temperature=0.5))
+except ImportError:
+    pass
 MOCO = {
     "ours": lambda q, k, queue: info_nce(q, k, queue), "naive": naive_moco, "compile(naive)": compiled(naive_moco)
 }  # fmt: skip
@@ -176,19 +185,26 @@ def main():
     dtype = getattr(torch, args.dtype)
     sizes, queue = ([2048 * 2**i for i in range(6)], []) if args.large else (args.sizes, args.queue)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.dtype}, d = {args.d}")
-    print(f"{'problem':8} {'size':>6} {'loss':15} {'ms':>9} {'x ours':>7} {'extra MB':>9} {'efficiency':>10}")
+    print(f"{'problem':8} {'size':>6} {'loss':22} {'ms':>9} {'x ours':>7} {'extra MB':>9} {'efficiency':>10}")
     before = args.before and other_kernels(args.before)
     rows, big = [], [torch.randn(4096, 4096, device=args.device, dtype=dtype) for _ in range(3)]
     for problem, size in [("nt_xent", m) for m in sizes] + [("info_nce", k) for k in queue]:
         functions = dict(NT_XENT if problem == "nt_xent" else MOCO)
         if args.large:
             functions = {"ours": functions["ours"]}
+        for name in [name for name in functions if name.startswith("metric-learning") and 4 * size**3 > 1e9]:
+            print(f"{problem:8} {size:6} {name}: left out, it holds (2N)^3 numbers, {4e-9 * size**3:,.0f} GB of each")
+            del functions[name]
         if before:
             functions["before"] = before.nt_xent if problem == "nt_xent" else lambda q, k, y: before.info_nce(q, k, y)
         arguments = inputs(problem, size, args.d, args.device, dtype)
         product = lambda: (torch.mm(big[0], big[1], out=big[2]), big[2][0, 0].item())  # noqa: E731
         work = {name: (lambda f=f, a=arguments: step(f, a)) for name, f in functions.items()} | {"product": product}
-        times = {name: [] for name in work}
+        times, value = {name: [] for name in work}, functions["ours"](*arguments).item()
+        for name, f in functions.items():
+            found, most = f(*arguments).item(), 1e-4 if dtype == torch.float32 else 1e-2
+            if abs(found - value) > most * value:
+                sys.exit(f"{name} gives {found}, ours {value}: not the same loss")
         for run in range(args.runs * (5 if size <= 1024 else 1) + 1):  # the first warms up, and compiles
             for name in random.Random(run).sample(list(work), len(work)):
                 if name != "product" or run <= args.runs:
@@ -202,7 +218,7 @@ def main():
             memory = None if args.no_memory or name == "before" else in_process(*shape)
             rows.append([problem, size, name, took * 1e3, took / median["ours"], memory, operations / took / rate])
             shown = "-" if memory is None else f"{memory / 1e6:.1f}"
-            print(f"{problem:8} {size:6} {name:15} {took * 1e3:9.2f} {took / median['ours']:7.2f} {shown:>9} "
+            print(f"{problem:8} {size:6} {name:22} {took * 1e3:9.2f} {took / median['ours']:7.2f} {shown:>9} "
                   f"{operations / took / rate:10.2f}", flush=True)  # fmt: skip
     with open(args.csv, "w", newline="") as file:
         writer = csv.writer(file)

@@ -1,15 +1,17 @@
-"""How much of a training step is not the network: images/s of `train` over those of a bare forward and backward pass.
+"""What a run spends beside its network: the training loop against a bare forward and backward pass, and the start.
 
-    python benchmarks/pipeline.py                     training loop against the bare network, resnet8 and resnet18
-    python benchmarks/pipeline.py --views             batched views against torchvision's per-image transforms, one core
+    python benchmarks/pipeline.py                     images/s of `train` and of the bare network, resnet8 and resnet18
+    python benchmarks/pipeline.py --start             from `python simclr.py` to the end of its first step
 
-Rounds of both are interleaved in one process, the median ratio is printed, so that a noisy machine shifts both alike.
+Rounds of both are interleaved in one process, and the ratio is that within a round, so that a noisy machine shifts both
+alike. Of the start each round is two processes: one that imports torch and torchvision, and the demo.
 """
 
 import argparse
 import contextlib
 import io
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,13 +19,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import images
 import simclr
+from benchmarks import table
+
+# Runs the demo, stopped after a step; prints what the clock said at each mark.
+START = """
+import sys, time
+marks = [("", time.time())]
+def mark(what): marks.append((what, time.time()))
+import torch, torchvision
+mark("import torch, torchvision")
+import common, simclr
+mark("import the rest")
+start, log = common.start, common.Run.log
+def started(*args):
+    load = common.load_data
+    common.load_data = lambda *args: (mark("the run's folder"), load(*args), mark("the data"))[1]
+    return start(*args)
+def logged(*args):
+    mark("network, optimizer, header, first step")
+    log(*args)
+    mark("views.png, the log")
+    print(marks, file=sys.stderr)
+    sys.exit()
+common.start, common.Run.log = started, logged
+simclr.train(common.parse_args(simclr.Config))
+"""
 
 
 def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
@@ -36,25 +61,19 @@ def timed(work: Callable[[], object], device: torch.device | None = None) -> flo
     return time.perf_counter() - started
 
 
-def compare(title: str, rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> None:
-    """Print the median images/s of both, and of the ratio within a round."""
-    rows = [(ours(), theirs()) for _ in range(rounds)]
-    a, b, ratio = (statistics.median(column) for column in zip(*((a, b, a / b) for a, b in rows), strict=True))
-    print(f"{title}: {a:,.0f} and {b:,.0f} images/s, median ratio {ratio:.2f}", flush=True)
+def trained(backbone: str, batch: int, steps: int, device: str = "cpu") -> float:
+    """Images/s of `simclr.train` by its CIFAR recipe, as it logs its second epoch of `steps`."""
+    pixels, _ = images.make_shapes(batch * steps, 0, 32)
+    given = {"backbone": backbone, "epochs": 2, "batch_size": batch, "knn_every": 0, "device": device}
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        return simclr.train(simclr.Config.preset("cifar", **given, out=out), pixels)["images_per_second"]
 
 
 def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> None:
-    """`simclr.train` by its CIFAR recipe, as it logs its second epoch, against the backbone on fixed tensors."""
-    pixels, _ = images.make_shapes(batch * steps, 0, 32)
-    given = {"backbone": backbone, "epochs": 2, "batch_size": batch, "knn_every": 0, "device": device}
-
-    def trained() -> float:
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            return simclr.train(simclr.Config.preset("cifar", **given, out=out), pixels)["images_per_second"]
+    """`simclr.train` against the backbone on fixed tensors."""
 
     def bare() -> float:
-        config = simclr.Config.preset("cifar", **given)
-        on = common.pick_device(device)
+        config, on = simclr.Config.preset("cifar", backbone=backbone), common.pick_device(device)
         network = common.build_backbone(config).to(on, memory_format=torch.channels_last)
         x = torch.rand(2 * batch, 3, 32, 32, device=on).to(memory_format=torch.channels_last)
 
@@ -65,45 +84,46 @@ def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> Non
         seconds = timed(lambda: [step() for _ in range(steps)], on)
         return steps * batch / seconds
 
-    compare(f"{backbone}, batch {batch}, train and bare", rounds, trained, bare)
+    contenders = {"train": lambda: trained(backbone, batch, steps, device), "bare network": bare}
+    table.race(f"{backbone}, batch {batch}", contenders, rounds)
 
 
-def views(size: int, batch: int, rounds: int) -> None:
-    """SimCLR's recipe without blur, as for CIFAR: ours on a uint8 batch, torchvision's on Pillow images, one core."""
-    torch.set_num_threads(1)
-    config, (pixels, labels) = simclr.Config.preset("cifar"), images.make_shapes(batch, 0, size)
-    split, s = images.resident(pixels, labels, torch.device("cpu")), config.jitter_strength
-    pillow = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-    recipe = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, (config.crop_min_scale, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], 0.8),
-            transforms.RandomGrayscale(0.2),
-            transforms.ToTensor(),
-            transforms.Normalize(images.MEAN, images.STD),
-        ]
-    )
-
-    def ours() -> None:
-        for (x,) in split.views([torch.arange(batch)], [(size, (config.crop_min_scale, 1.0))]):
-            simclr.augment(x, config)
-
-    def theirs() -> None:
-        torch.stack([recipe(p) for p in pillow])
-
-    title = f"views {size}x{size}, one core, ours and torchvision"
-    compare(title, rounds, lambda: batch / timed(ours), lambda: batch / timed(theirs))
+def start(rounds: int) -> None:
+    """From the start of the process to the first step of the demo, and what it is spent on."""
+    spent: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):  # the first one fills the disk's cache
+        began = time.time()
+        subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
+        alone = time.time() - began
+        with tempfile.TemporaryDirectory() as out:
+            began, command = time.time(), [sys.executable, "-c", START, "--out", out]
+            done = subprocess.run(command, cwd=Path(simclr.__file__).parent, capture_output=True, text=True)
+        marks = eval(done.stderr.strip().split("\n")[-1])  # a list of pairs that START printed
+        before = began
+        for what, at in marks:
+            spent.setdefault(what or "the interpreter", []).append(at - before)
+            before = at
+        spent.setdefault("alone", []).append(alone)
+        spent.setdefault("all", []).append(before - began)
+    spent = {what: seconds[1:] for what, seconds in spent.items()}
+    alone, everything = spent.pop("alone"), spent.pop("all")
+    ratio = [a / (b + c) for a, b, c in zip(everything, alone, spent["the data"], strict=True)]
+    rows = [[what, table.over_seeds(seconds, 2)] for what, seconds in spent.items()]
+    rows += [["all", table.over_seeds(everything, 2)]]
+    rows += [["a process that imports torch and torchvision alone", table.over_seeds(alone, 2)]]
+    print(table.markdown(["to the first step of `python simclr.py`", "seconds"], rows))
+    print(f"\nall over import and data: {statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--views", action="store_true", help="measure the views instead of the loop")
+    parser.add_argument("--start", action="store_true", help="measure the start instead of the loop")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="of the loop (default cpu)")
     args = parser.parse_args()
-    if args.views:
-        views(32, 512, args.rounds)
+    print(f"{table.machine(args.device)}, {torch.get_num_threads()} threads\n")
+    if args.start:
+        start(args.rounds)
     else:
         loop("resnet8", 256, 8, args.rounds, args.device)
         loop("resnet18", 64, 3, args.rounds, args.device)

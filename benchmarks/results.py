@@ -182,7 +182,8 @@ def report(args: argparse.Namespace) -> str:
         rates = {rate: out / f"rate-{rate:g}" / "result.json" for rate in args.rates}
         each = {rate: json.loads(path.read_text()) for rate, path in rates.items() if path.exists()}
         if each:
-            tried.append([row, *(f"{r['knn_top1']:.3f} ({r['lr']:g})" for r in each.values())])
+            shown = ["failed" if "failed" in short else f"{short['knn_top1']:.3f}" for short in each.values()]
+            tried.append([row, *(f"{cell} ({s['lr']:g})" for cell, s in zip(shown, each.values(), strict=True))])
         commands += [f["command"] for f in found]
     parts = [table.markdown(HEAD, lines)]
     if tried:

@@ -3,7 +3,9 @@
 import argparse
 import os
 import platform
+import random
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +85,24 @@ def machine(device: str = "cpu") -> str:
     if info.exists() and (named := re.search(r"model name\s*: (.+)", info.read_text())):
         cpu = named[1]
     return f"{versions}, {cpu or 'a CPU'} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
+
+
+def race(title: str, contenders: dict[str, Callable[[], float]], rounds: int) -> str:
+    """Images/s of each contender, in rounds of all in a changing order after one that warms up: print and return a
+    table of the median, and of the first's lead within a round, so that a noisy machine shifts all alike."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name in random.Random(turn).sample(list(contenders), len(contenders)):
+            rate = contenders[name]()
+            found[name] += [rate] if turn else []
+    ours, rows = next(iter(found.values())), []
+    for name, rates in found.items():
+        lead = sorted(a / b for a, b in zip(ours, rates, strict=True))
+        of = f"{statistics.median(lead):.2f} ({lead[0]:.2f} to {lead[-1]:.2f})" if rates is not ours else "1"
+        rows.append([name, f"{statistics.median(rates):,.0f}", of])
+    said = markdown([title, "images/s", f"{next(iter(found))} is so many times as fast"], rows)
+    print(said + "\n", flush=True)
+    return said
 
 
 def figure(width: float, height: float, path: str | Path, draw: Callable) -> None:

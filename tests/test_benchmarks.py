@@ -28,7 +28,6 @@ from benchmarks import (
     detection,
     eigenspaces,
     neural,
-    pipeline,
     simsiam_section5,
     supervised,
     table,
@@ -621,17 +620,6 @@ def test_ablations_run_a_table(tmp_path):
         "| flags | kNN | kNN of g(h) | loss | std | rank | cos2 | seconds |" in done.stdout
         and "| default | 0." in done.stdout
     )
-
-
-# ------------------------------------------------------------------------------------------------------- pipeline
-
-
-def test_pipeline_compares_both(monkeypatch, capsys):
-    monkeypatch.setattr(common.Run, "curves", lambda self: None)
-    pipeline.loop("resnet8", 16, 2, 1, "cpu")
-    pipeline.views(32, 8, 1)
-    loop, views = capsys.readouterr().out.strip().split("\n")
-    assert loop.startswith("resnet8, batch 16, train and bare: ") and "median ratio" in views
 
 
 # ----------------------------------------------------------------------------------------------------------- neural
