@@ -4,13 +4,13 @@
     python benchmarks/pipeline.py --start             from `python simclr.py` to the end of its first step
 
 Rounds of both are interleaved in one process, and the ratio is that within a round, so that a noisy machine shifts both
-alike. Of the start each round is two processes: one that imports torch and torchvision, and the demo.
+alike.
 """
 
 import argparse
 import contextlib
 import io
-import statistics
+import json
 import subprocess
 import sys
 import tempfile
@@ -26,10 +26,11 @@ import images
 import simclr
 from benchmarks import table
 
+LIBRARIES = "import torch, torchvision"
 # Runs the demo, stopped after a step; prints what the clock said at each mark.
 START = """
-import sys, time
-marks = [("", time.time())]
+import json, sys, time
+marks = [("the interpreter", time.time())]
 def mark(what): marks.append((what, time.time()))
 import torch, torchvision
 mark("import torch, torchvision")
@@ -44,7 +45,7 @@ def logged(*args):
     mark("network, optimizer, header, first step")
     log(*args)
     mark("views.png, the log")
-    print(marks, file=sys.stderr)
+    print(json.dumps(marks), file=sys.stderr)
     sys.exit()
 common.start, common.Run.log = started, logged
 simclr.train(common.parse_args(simclr.Config))
@@ -92,27 +93,22 @@ def start(rounds: int) -> None:
     """From the start of the process to the first step of the demo, and what it is spent on."""
     spent: dict[str, list[float]] = {}
     for _ in range(rounds + 1):  # the first one fills the disk's cache
-        began = time.time()
-        subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
-        alone = time.time() - began
         with tempfile.TemporaryDirectory() as out:
             began, command = time.time(), [sys.executable, "-c", START, "--out", out]
             done = subprocess.run(command, cwd=Path(simclr.__file__).parent, capture_output=True, text=True)
-        marks = eval(done.stderr.strip().split("\n")[-1])  # a list of pairs that START printed
+        marks = json.loads(done.stderr.strip().split("\n")[-1])
         before = began
         for what, at in marks:
-            spent.setdefault(what or "the interpreter", []).append(at - before)
+            spent.setdefault(what, []).append(at - before)
             before = at
-        spent.setdefault("alone", []).append(alone)
         spent.setdefault("all", []).append(before - began)
     spent = {what: seconds[1:] for what, seconds in spent.items()}
-    alone, everything = spent.pop("alone"), spent.pop("all")
-    ratio = [a / (b + c) for a, b, c in zip(everything, alone, spent["the data"], strict=True)]
+    everything, due = spent.pop("all"), [spent[what] for what in ("the interpreter", LIBRARIES, "the data")]
+    ratio = [whole / sum(parts) for whole, *parts in zip(everything, *due, strict=True)]
     rows = [[what, table.over_seeds(seconds, 2)] for what, seconds in spent.items()]
     rows += [["all", table.over_seeds(everything, 2)]]
-    rows += [["a process that imports torch and torchvision alone", table.over_seeds(alone, 2)]]
     print(table.markdown(["to the first step of `python simclr.py`", "seconds"], rows))
-    print(f"\nall over import and data: {statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})")
+    print(f"\nall over interpreter, {LIBRARIES} and data: {table.over_seeds(ratio, 2)}")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    said = report(args)
+    said = report(args) if any(folder.glob("*/seed-*/result.json")) else "nothing is done yet"
     common.save_whole(said + "\n", folder / "results.md")
     print(f"\n{table.machine()}, {args.jobs} at a time, {threads} threads each\n\n{said}")
     if stopping:
