@@ -57,6 +57,10 @@ class RunFailure(RuntimeError):
     """The run itself failed (a non-finite loss, a full disk): one line, exit status 1."""
 
 
+class Diverged(RunFailure):
+    """The loss or the weights are not finite."""
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, SIGTERM or SIGHUP, as a rule after the checkpoint was saved: one line, and the signal's number."""
 
@@ -1168,7 +1172,7 @@ class Run:
 
     def fail(self, what: str, step: int) -> typing.NoReturn:
         last = f"the last good one is kept in {self.checkpoint}" if self.checkpoint.exists() else "none was written yet"
-        raise RunFailure(f"{what} at step {step} of {self.total}; --lr is likely too high; checkpoint: {last}")
+        raise Diverged(f"{what} at step {step} of {self.total}; --lr is likely too high; checkpoint: {last}")
 
     def end_epoch(self) -> None:
         """Measure, write log and checkpoint, and say so when the output has collapsed."""

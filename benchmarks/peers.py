@@ -10,11 +10,11 @@ one process; a package that is not installed is left out, with a line. `pip inst
 """
 
 import argparse
+import collections
 import functools
 import importlib.metadata
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def of_torchvision(size: int, config: simclr.Config) -> v2.Compose:
 
 
 def of_kornia(size: int, config: simclr.Config) -> nn.Module:
-    """The same for a float batch (N, 3, H, W); raises ImportError."""
+    """The same for a float batch (N, 3, H, W), but that kornia resizes without antialiasing, and jitters all images of
+    a batch in one order; raises ImportError."""
     import kornia.augmentation as K
 
     s, kernel = config.jitter_strength, size // 10 // 2 * 2 + 1
@@ -98,12 +99,10 @@ def views(size: int, batch: int, rounds: int) -> None:
     table.race(f"views of {size}x{size}, batch {batch}, one core", contenders, rounds)
 
 
-def rate(batches: Iterable, size: int) -> float:
-    """Images/s of all batches, the start of the workers included: what they prefetch would else count for nothing."""
-    started, count = time.perf_counter(), 0
-    for count, _ in enumerate(batches, 1):  # noqa: B007
-        pass
-    return count * size / (time.perf_counter() - started)
+def rate(batches: Iterable, images: int, device: torch.device | None = None) -> float:
+    """Images/s over all batches: not from the first on, since those that workers have prefetched would count for
+    nothing."""
+    return images / pipeline.timed(lambda: collections.deque(batches, maxlen=0), device)
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -151,7 +150,8 @@ def stream(count: int, batch: int, workers: int, rounds: int) -> None:
         work = {"ours": ours}
         work["ImageFolder, v2 on Pillow images"] = lambda: theirs(torchvision.datasets.folder.default_loader)
         work["ImageFolder, v2 on uint8 tensors"] = lambda: theirs(tensors)
-        contenders = {name: lambda f=f: rate(f(), batch) for name, f in work.items()}
+        total = len(batches) * batch
+        contenders = {name: lambda f=f: rate(f(), total) for name, f in work.items()}
         table.race(f"500x375 JPEG to two views of {size}, batch {batch}, {workers} workers", contenders, rounds)
 
 
@@ -181,7 +181,8 @@ def of_lightly(backbone: str, batch: int, steps: int, workers: int, device: str)
     model = nn.Sequential(network, SimCLRProjectionHead(width, width, 128)).to(on)
     pixels, _ = images.make_shapes(batch * steps, 0, 32)
     pictures = Pictures(pixels, SimCLRTransform(input_size=32, gaussian_blur=0.0))
-    loader = torch.utils.data.DataLoader(pictures, batch, shuffle=True, drop_last=True, num_workers=workers)
+    given = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
+    loader = torch.utils.data.DataLoader(pictures, batch, **given)
     criterion, optimizer = NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06)
 
     def step(x0: torch.Tensor, x1: torch.Tensor) -> None:
@@ -190,8 +191,8 @@ def of_lightly(backbone: str, batch: int, steps: int, workers: int, device: str)
         optimizer.step()
         optimizer.zero_grad()
 
-    step(*next(iter(loader))[:2])  # warms up
-    return rate((step(x0, x1) for x0, x1 in loader), batch)
+    step(*next(iter(loader)))  # warms up, and starts the workers, which stay: ours has an epoch before, too
+    return rate((step(x0, x1) for x0, x1 in loader), batch * steps, on)
 
 
 def train(backbone: str, batch: int, steps: int, rounds: int, device: str) -> None:
@@ -210,7 +211,7 @@ def train(backbone: str, batch: int, steps: int, rounds: int, device: str) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="*", choices=["views", "stream", "train"], help="(default: all)")
     add("--rounds", type=int, default=5, help="turns of each (default 5)")
@@ -218,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--backbone", nargs="+", default=["resnet8"], help="of train (default resnet8)")
     add("--device", default="cpu", help="of train (default cpu)")
     args = parser.parse_args(argv)
+    common.ensure(args.rounds > 0 and args.workers > 0, "--rounds, --workers: give 1 or more")
     what, threads = args.what or ["views", "stream", "train"], torch.get_num_threads()
     print(f"{table.machine(args.device)}, {threads} threads\n")
     if "stream" in what:
@@ -231,4 +233,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with common.exit_status():
+        main()

@@ -7,7 +7,6 @@ Rounds of both are interleaved in one process, and the ratio is that within a ro
 alike.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -96,6 +95,7 @@ def start(rounds: int) -> None:
         with tempfile.TemporaryDirectory() as out:
             began, command = time.time(), [sys.executable, "-c", START, "--out", out]
             done = subprocess.run(command, cwd=Path(simclr.__file__).parent, capture_output=True, text=True)
+        common.ensure(not done.returncode, f"the demo failed: {done.stderr.strip()}")
         marks = json.loads(done.stderr.strip().split("\n")[-1])
         before = began
         for what, at in marks:
@@ -112,14 +112,16 @@ def start(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = common.OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("--start", action="store_true", help="measure the start instead of the loop")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="of the loop (default cpu)")
-    args = parser.parse_args()
-    print(f"{table.machine(args.device)}, {torch.get_num_threads()} threads\n")
-    if args.start:
-        start(args.rounds)
-    else:
-        loop("resnet8", 256, 8, args.rounds, args.device)
-        loop("resnet18", 64, 3, args.rounds, args.device)
+    with common.exit_status():
+        args = parser.parse_args()
+        common.ensure(args.rounds > 0, f"--rounds {args.rounds}: give 1 or more")
+        print(f"{table.machine(args.device)}, {torch.get_num_threads()} threads\n")
+        if args.start:
+            start(args.rounds)
+        else:
+            loop("resnet8", 256, 8, args.rounds, args.device)
+            loop("resnet18", 64, 3, args.rounds, args.device)

@@ -9,19 +9,19 @@ method's preset cifar with one backbone, batch and number of epochs, a warm-up o
 by one rule: of --rates, multiples of the preset's (scaled with N where the method does not), the one with the best kNN
 of h after a third of the epochs on a tenth of the training images, judged on another tenth of them. The held-out images
 choose nothing: the row is of the last epoch. Controls: the same network before training, and cross-entropy with all
-labels.
-Flags that are not listed, such as --device or --amp, go to every run.
+labels. Flags that are not listed, such as --device or --amp, go to every run.
 
 Runs live in --out, a process a row; stopped (Ctrl-C, SIGTERM, power) and started again, what is done stays and what was
 running goes on from its checkpoint. The table and the commands of its rows are printed and written to --out/results.md.
+Minutes and images/s are those of the training steps; the start, kNN and the short runs come on top.
 """
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import json
 import os
-import resource
 import shlex
 import signal
 import statistics
@@ -38,7 +38,7 @@ import common
 import linear_eval
 from benchmarks import table
 from common import OneLineParser, ensure
-from images import Data, Images
+from images import Data, Images, InputError
 
 ROWS = {  # row -> the method's file, and what differs from its preset cifar
     "SimCLR": ("simclr", ""),
@@ -50,7 +50,9 @@ ROWS = {  # row -> the method's file, and what differs from its preset cifar
     "cross-entropy": ("supcon", "--loss cross-entropy"),
     "untrained": ("simclr", "--epochs 0"),
 }
-HEAD = ("", "lr", "kNN of h", "linear on h", "images/s", "minutes", "GB")
+HEAD = ("", "lr", "kNN of h", "linear on h", "images/s", "minutes", "GB of the GPU")
+# flags that the protocol sets
+SET = ("preset", "lr", "seed", "warmup_epochs", "knn_every", "resume", "projection_head", "loss")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = result.add_argument
-    add("--data", required=True, help="folder of labelled images with train/ and test/, or cifar10, cifar100, stl10")
+    add("--data", required=True, help="folder of labelled images with train/ and test/, or cifar10, cifar100")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the rows (default: all)")
     add("--backbone", default="resnet8", help="of every row (default resnet8)")
     add("--epochs", type=int, default=30, help="of every row (default 30)")
@@ -73,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def tenth(data: Data) -> Data:
-    """A tenth of the training images of each class to train on, and another tenth of them to judge by."""
+    """A tenth of the training images of each class to train on, and another tenth of them to judge by. Raises
+    `InputError` where not all have a label, or are in memory."""
+    ensure(data.labelled and (data.train.labels >= 0).all(), f"--data {data.name}: give images that all have a label")
+    ensure(data.train.images is not None, f"--data {data.name}: too large for --resident-gb; raise it")
     labels, place = data.train.labels, torch.zeros(len(data.train), dtype=torch.long)
     for label in labels.unique():
         of_class = (labels == label).nonzero().squeeze(1)
@@ -108,88 +113,99 @@ def command(config: Any) -> str:
     given = [(name, getattr(config, name)) for name in common.flags(type(config)) if name in config.given]
     words = [common.dashed(name if value is not False else f"no_{name}") for name, value in given]
     words = [w if isinstance(v, bool) else f"{w} {shlex.quote(str(v))}" for w, (_, v) in zip(words, given, strict=True)]
-    return (
-        f"python {config.method()}.py --preset {config.recipe} {' '.join(words)} && python linear_eval.py {config.out}"
-    )
+    evaluate = f"python linear_eval.py {shlex.quote(config.out)}"
+    return f"python {config.method()}.py --preset {config.recipe} {' '.join(words)} && {evaluate}"
+
+
+def code() -> str:
+    """What the figures were made by: a hash of the methods, what they share, and the kernels."""
+    root = Path(common.__file__).parent
+    files = [path for folder in (root, root / "kernels") for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 def one_run(config: Any, data: Data, linear: bool) -> dict[str, Any]:
-    """Train, judge and write result.json; read it where that has been done. A run that fails is a result, too."""
-    written = Path(config.out) / "result.json"
+    """Train, judge and write result.json; read it where that has been done. A run that diverges is a result, too."""
+    written, device = Path(config.out) / "result.json", data.train.device
     if written.exists():
         return json.loads(written.read_text())
-    said, result = command(config), {}
-    train = sys.modules[type(config).__module__].train
+    setting = f"{table.machine(str(device))}, {torch.get_num_threads()} threads"
+    result = {"lr": config.lr, "command": command(config), "setting": setting, "code": code()}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     try:
-        metrics = train(config, data)
-        result |= {"knn_top1": metrics["knn_top1"], "untrained": metrics["knn untrained h"]}
-    except common.RunFailure as error:
+        result["knn_top1"] = sys.modules[type(config).__module__].train(config, data)["knn_top1"]
+    except common.Diverged as error:
         result |= {"knn_top1": 0.0, "failed": str(error)}
+    if device.type == "cuda":
+        result["gigabytes"] = torch.cuda.max_memory_allocated(device) / 1e9
     log = (Path(config.out) / "log.csv").read_text().split()[1:]
-    speeds = [float(line.split(",")[-1]) for line in log]
-    if speeds:
+    if speeds := [float(line.split(",")[-1]) for line in log]:
         each = len(data.train) // config.batch_size * config.batch_size
         result |= {"images_per_second": statistics.median(speeds), "minutes": sum(each / s for s in speeds) / 60}
     if linear and "failed" not in result:
         _, model = common.load_run(config.out)
-        device = data.train.device
         model = model.to(device, memory_format=torch.channels_last)
         found = linear_eval.class_of(linear_eval.parse([str(config.out)]), config, model, data)
         result["linear_top1"] = found["linear_top1"]
-    cuda = data.train.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result |= {"gigabytes": peak / 1e9, "lr": config.lr, "command": said}
     common.save_whole(json.dumps(result, indent=1) + "\n", written)
     return result
 
 
 def one_row(row: str, seed: int, args: argparse.Namespace, rest: list[str]) -> None:
     """Choose the row's rate by the rule, and make its run: the work of one process."""
-    out, quick = Path(args.out) / row.replace(" ", "-"), args.quick
+    out = Path(args.out) / row.replace(" ", "-")
     final = {"epochs": args.epochs, "out": str(out / f"seed-{seed}")}
+    if (out / f"seed-{seed}" / "result.json").exists():
+        return
     config = config_of(row, args, rest, seed, rate=1, **final)
     data = common.load_data(config, common.pick_device(config.device))
-    ensure(data.labelled, f"--data {args.data}: no class sub-folders with held-out images; give a set with labels")
-    ensure(data.train.images is not None, f"--data {args.data}: too large for --resident-gb; raise it")
-    rate = args.rates[0]
+    part, best = tenth(data), args.rates[0]
+    small = f"--data {args.data}: a tenth of it is {len(part.train)} images, less than a batch of {args.batch_size}"
+    ensure(len(part.train) >= args.batch_size, small)
     if len(args.rates) > 1 and row != "untrained":
         tries = {}
-        for rate in args.rates:
+        for rate in args.rates:  # with the first seed, also for the others
             short = {"epochs": -(-args.epochs // 3), "out": str(out / f"rate-{rate:g}")}
-            # the rule has one seed, that of the row's first
-            found = one_run(config_of(row, args, rest, args.seeds[0], rate=rate, **short), tenth(data), linear=False)
-            tries[rate] = found["knn_top1"]
-        rate = max(tries, key=tries.get)
-    one_run(config_of(row, args, rest, seed, rate=rate, **final), tenth(data) if quick else data, linear=True)
+            tries[rate] = one_run(config_of(row, args, rest, args.seeds[0], rate=rate, **short), part, linear=False)
+        best = max(tries, key=lambda rate: tries[rate]["knn_top1"])
+    one_run(config_of(row, args, rest, seed, rate=best, **final), part if args.quick else data, linear=True)
 
 
 def report(args: argparse.Namespace) -> str:
     """The table of what is done, the rates that were tried, and the commands."""
-    lines, tried, commands = [], [], []
+    lines, tried, commands, made = [], [], [], []
     for row in args.rows:
         out = Path(args.out) / row.replace(" ", "-")
         seeds = args.seeds if row == "SimCLR" else args.seeds[:1]
         done = [out / f"seed-{seed}" / "result.json" for seed in seeds]
         found = [json.loads(path.read_text()) for path in done if path.exists()]
-        if not found:
-            continue
-        if "failed" in found[0]:
-            lines.append([row, f"{found[0]['lr']:g}", found[0]["failed"], "", "", "", ""])
-        else:
-            form = {"knn_top1": 3, "linear_top1": 3, "images_per_second": 0, "minutes": 1, "gigabytes": 2}
-            cells = [table.over_seeds([f.get(key) for f in found], places) for key, places in form.items()]
-            lines.append([row, f"{found[0]['lr']:g}" if row != "untrained" else "", *cells])
+        whole, form = [f for f in found if "failed" not in f], {"knn_top1": 3, "linear_top1": 3}
+        form |= {"images_per_second": 0, "minutes": 1, "gigabytes": 2}
+        if found:
+            name = row + f", {len(whole)} of {len(seeds)} seeds" * (len(whole) < len(seeds))
+            lr = f"{found[0]['lr']:g}" if row != "untrained" else ""
+            cells = [
+                table.over_seeds([f.get(key) for f in whole], places) if whole else "" for key, places in form.items()
+            ]
+            lines.append([name, lr, *cells] if whole else [name, lr, found[0]["failed"], "", "", "", ""])
         rates = {rate: out / f"rate-{rate:g}" / "result.json" for rate in args.rates}
-        each = {rate: json.loads(path.read_text()) for rate, path in rates.items() if path.exists()}
-        if each:
-            shown = ["failed" if "failed" in short else f"{short['knn_top1']:.3f}" for short in each.values()]
-            tried.append([row, *(f"{cell} ({s['lr']:g})" for cell, s in zip(shown, each.values(), strict=True))])
+        short = {rate: json.loads(path.read_text()) if path.exists() else None for rate, path in rates.items()}
+        if any(short.values()):
+            shown = [
+                "" if f is None else "diverged" if "failed" in f else f"{f['knn_top1']:.3f}" for f in short.values()
+            ]
+            tried.append(
+                [row, *(f"{cell} ({f['lr']:g})" if f else "" for cell, f in zip(shown, short.values(), strict=True))]
+            )
         commands += [f["command"] for f in found]
-    parts = [table.markdown(HEAD, lines)]
+        made += [f"{f['setting']}, code {f['code']}" for f in found]
+    parts = ["; ".join(dict.fromkeys(made)), table.markdown(HEAD, lines)]
     if tried:
         head = ["kNN of the short runs (lr)", *(f"{rate:g} times the preset's rate" for rate in args.rates)]
         parts.append(table.markdown(head, tried))
-    return "\n\n".join([*parts, "\n".join(f"    {line}" for line in commands)])
+    quick = "--quick: of a tenth of the training images, judged on another; nothing to compare with"
+    return "\n\n".join([*parts, quick if args.quick else "\n".join(f"    {line}" for line in commands)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -201,20 +217,35 @@ def main(argv: list[str] | None = None) -> None:
     if args.one:
         one_row(args.one[0], int(args.one[1]), args, rest)
         return
-    for name in ("--preset", "--lr", "--seed", "--warmup-epochs", "--knn-every", "--resume"):
-        ensure(name not in rest, f"{name}: the protocol sets it; leave it out")
+    ensure(not common.several(), "one process starts the runs; leave torchrun out")
+    for name in {word.split("=")[0] for word in rest} & {common.dashed(name) for name in SET}:
+        raise InputError(f"{name}: the protocol sets it; leave it out")
+    ensure(args.jobs > 0 and args.threads >= 0, "--jobs, --threads: give 1 or more")
+    ensure(args.epochs > 0, f"--epochs {args.epochs}: give 1 or more")
+    for name, given in (("rows", args.rows), ("rates", [f"{r:g}" for r in args.rates]), ("seeds", args.seeds)):
+        ensure(len(set(given)) == len(given), f"--{name} {' '.join(map(str, given))}: give each once")
+    there = Path(args.data).is_dir() or args.data in ("cifar10", "cifar100")
+    ensure(there, f"--data {args.data}: no such folder; give one, or cifar10 or cifar100")
     for row in args.rows:  # wrong flags are told before any run
-        config_of(row, args, rest, args.seeds[0], rate=1, epochs=args.epochs, out=f"{args.out}/{row}")
+        for rate in args.rates:
+            for seed in args.seeds:
+                ensure(0 < rate < 1e9, f"--rates {rate:g}: give multiples of the preset's rate, above 0")
+                config = config_of(row, args, rest, seed, rate=rate, epochs=args.epochs, out=f"{args.out}/{row}")
+    common.pick_device(config.device)
+    common.build_backbone(config)
     folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    held = common.make(folder)  # its lock, until the end
     rule = {k: v for k, v in vars(args).items() if k not in ("one", "rows", "seeds", "jobs", "threads", "out")}
-    rule, kept = json.dumps(rule | {"rest": rest}) + "\n", folder / "protocol.json"
+    rule, kept = (
+        json.dumps(rule | {"rest": rest, "seed of the short runs": args.seeds[0]}) + "\n",
+        folder / "protocol.json",
+    )
     same = not kept.exists() or kept.read_text() == rule
     ensure(same, f"--out {folder}: its runs are of another protocol, see {kept}; choose another folder")
     common.save_whole(rule, kept)
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     running: set[subprocess.Popen] = set()
-    stopping = []
+    stopping, failed = [], []
 
     def start(row: str, seed: int) -> None:
         if stopping:
@@ -224,9 +255,12 @@ def main(argv: list[str] | None = None) -> None:
             env = os.environ | {"OMP_NUM_THREADS": str(threads)}
             child = subprocess.Popen(words, stdout=output, stderr=output, env=env, start_new_session=True)
         running.add(child)
+        if stopping:  # since the line above
+            child.terminate()
         status = child.wait()
         running.discard(child)
         tail = Path(output.name).read_text().strip().split("\n")[-1]
+        failed.extend([f"{row}, seed {seed}"] if status else [])
         print(f"{row}, seed {seed}: {'done' if not status else f'exit status {status}: {tail}'}", flush=True)
 
     def stop(number: int, _: Any) -> None:
@@ -235,7 +269,9 @@ def main(argv: list[str] | None = None) -> None:
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()  # its checkpoint is written at the end of the step
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ways = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    ways = [n for n in ways if signal.getsignal(n) not in (signal.SIG_IGN, None)]  # not what nohup ignores
+    before = {number: signal.signal(number, stop) for number in ways}
     try:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda row: start(row, args.seeds[0]), args.rows))
@@ -245,7 +281,10 @@ def main(argv: list[str] | None = None) -> None:
             signal.signal(number, handler)
     said = report(args) if any(folder.glob("*/seed-*/result.json")) else "nothing is done yet"
     common.save_whole(said + "\n", folder / "results.md")
-    print(f"\n{table.machine()}, {args.jobs} at a time, {threads} threads each\n\n{said}")
+    print(f"\n{said}")
+    held.close()
+    if failed and not stopping:
+        raise common.RunFailure(f"{'; '.join(failed)}: see the files of that name in {folder}")
     if stopping:
         raise common.Stopped(f"stopped; the same command goes on with what is left in {folder}", stopping[0])
 
