@@ -60,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = result.add_argument
-    add("--data", required=True, help="folder of labelled images with train/ and test/, or cifar10, cifar100")
+    given = os.environ.get("CIFAR10_FOLDER", "cifar10")
+    add(
+        "--data",
+        default=given,
+        help="folder with train/ and test/, cifar10 or cifar100 (default $CIFAR10_FOLDER or cifar10)",
+    )
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the rows (default: all)")
     add("--backbone", default="resnet8", help="of every row (default resnet8)")
     add("--epochs", type=int, default=30, help="of every row (default 30)")
