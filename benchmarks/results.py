@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import shlex
@@ -27,6 +28,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ import common
 import linear_eval
 from benchmarks import table
 from common import OneLineParser, ensure
-from images import Data, Images, InputError
+from images import CORES, Data, Images, InputError
 
 ROWS = {  # row -> the method's file, and what differs from its preset cifar
     "SimCLR": ("simclr", ""),
@@ -51,6 +53,7 @@ ROWS = {  # row -> the method's file, and what differs from its preset cifar
     "untrained": ("simclr", "--epochs 0"),
 }
 HEAD = ("", "lr", "kNN of h", "linear on h", "images/s", "minutes", "GB of the GPU")
+FORM = {"knn_top1": 3, "linear_top1": 3, "images_per_second": 0, "minutes": 1, "gigabytes": 2}  # digits
 # flags that the protocol sets
 SET = ("preset", "lr", "seed", "warmup_epochs", "knn_every", "resume", "projection_head", "loss")
 
@@ -97,7 +100,7 @@ def tenth(data: Data) -> Data:
 
 
 def config_of(row: str, args: argparse.Namespace, rest: list[str], seed: int, **changes: Any) -> Any:
-    """The config of one run of a row; its command line is what `common.say` prints and `command` writes."""
+    """The config of one run of a row; `command` says it as a command line."""
     method, own = ROWS[row]
     kind = importlib.import_module(method).Config
     lr = kind.PRESETS["cifar"].get("lr", kind.lr) * changes.pop("rate")
@@ -114,12 +117,13 @@ def config_of(row: str, args: argparse.Namespace, rest: list[str], seed: int, **
 
 
 def command(config: Any) -> str:
-    """What runs the same from a command line, its linear top-1 besides."""
-    given = [(name, getattr(config, name)) for name in common.flags(type(config)) if name in config.given]
-    words = [common.dashed(name if value is not False else f"no_{name}") for name, value in given]
-    words = [w if isinstance(v, bool) else f"{w} {shlex.quote(str(v))}" for w, (_, v) in zip(words, given, strict=True)]
-    evaluate = f"python linear_eval.py {shlex.quote(config.out)}"
-    return f"python {config.method()}.py --preset {config.recipe} {' '.join(words)} && {evaluate}"
+    """What runs the same from a command line, in the method's own folder, and its linear top-1 besides."""
+    names = [name for name in common.flags(type(config)) if name in config.given - {"out"}]
+    given = {common.dashed(name): getattr(config, name) for name in names}
+    given = {name if v is not False else name.replace("--", "--no-", 1): v for name, v in given.items()}
+    words = [name if isinstance(v, bool) else f"{name} {shlex.quote(str(v))}" for name, v in given.items()]
+    method = config.method()
+    return f"python {method}.py --preset {config.recipe} {' '.join(words)} && python linear_eval.py runs/{method}"
 
 
 def code() -> str:
@@ -179,49 +183,35 @@ def one_row(row: str, seed: int, args: argparse.Namespace, rest: list[str]) -> N
 
 def report(args: argparse.Namespace) -> str:
     """The table of what is done, the rates that were tried, and the commands."""
-    lines, tried, commands, made = [], [], [], []
+
+    def results_of(row: str, names: list[str]) -> dict[str, dict[str, Any]]:
+        paths = {name: Path(args.out) / row.replace(" ", "-") / name / "result.json" for name in names}
+        return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+    lines, tried, runs = [], [], []
     for row in args.rows:
-        out = Path(args.out) / row.replace(" ", "-")
         seeds = args.seeds if row == "SimCLR" else args.seeds[:1]
-        done = [out / f"seed-{seed}" / "result.json" for seed in seeds]
-        found = [json.loads(path.read_text()) for path in done if path.exists()]
-        whole, form = [f for f in found if "failed" not in f], {"knn_top1": 3, "linear_top1": 3}
-        form |= {"images_per_second": 0, "minutes": 1, "gigabytes": 2}
+        found = list(results_of(row, [f"seed-{seed}" for seed in seeds]).values())
+        whole, runs = [f for f in found if "failed" not in f], runs + found
         if found:
             name = row + f", {len(whole)} of {len(seeds)} seeds" * (len(whole) < len(seeds))
             lr = f"{found[0]['lr']:g}" if row != "untrained" else ""
-            cells = [
-                table.over_seeds([f.get(key) for f in whole], places) if whole else "" for key, places in form.items()
-            ]
-            lines.append([name, lr, *cells] if whole else [name, lr, found[0]["failed"], "", "", "", ""])
-        rates = {rate: out / f"rate-{rate:g}" / "result.json" for rate in args.rates}
-        short = {rate: json.loads(path.read_text()) if path.exists() else None for rate, path in rates.items()}
-        if any(short.values()):
-            shown = [
-                "" if f is None else "diverged" if "failed" in f else f"{f['knn_top1']:.3f}" for f in short.values()
-            ]
-            tried.append(
-                [row, *(f"{cell} ({f['lr']:g})" if f else "" for cell, f in zip(shown, short.values(), strict=True))]
-            )
-        commands += [f["command"] for f in found]
-        made += [f"{f['setting']}, code {f['code']}" for f in found]
-    parts = ["; ".join(dict.fromkeys(made)), table.markdown(HEAD, lines)]
+            cells = [table.over_seeds([f.get(key) for f in whole], places) for key, places in FORM.items() if whole]
+            lines.append([name, lr, *(cells or [found[0]["failed"], *[""] * (len(FORM) - 1)])])
+        names = [f"rate-{rate:g}" for rate in args.rates]
+        if short := results_of(row, names):
+            said = {n: "diverged" if "failed" in f else f"{f['knn_top1']:.3f}" for n, f in short.items()}
+            tried.append([row, *(f"{said[n]} ({short[n]['lr']:g})" if n in said else "" for n in names)])
+    parts = ["; ".join(dict.fromkeys(f"{f['setting']}, code {f['code']}" for f in runs)), table.markdown(HEAD, lines)]
     if tried:
         head = ["kNN of the short runs (lr)", *(f"{rate:g} times the preset's rate" for rate in args.rates)]
         parts.append(table.markdown(head, tried))
     quick = "--quick: of a tenth of the training images, judged on another; nothing to compare with"
-    return "\n\n".join([*parts, quick if args.quick else "\n".join(f"    {line}" for line in commands)])
+    return "\n\n".join([*parts, quick if args.quick else "\n".join(f"    {f['command']}" for f in runs)])
 
 
-def main(argv: list[str] | None = None) -> None:
-    flags = parser()
-    flags.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # row and seed: what a process of its own does
-    args, rest = flags.parse_known_args(argv)
-    if args.quick:
-        args.epochs, args.rates, args.seeds = 2, [1], args.seeds[:1]
-    if args.one:
-        one_row(args.one[0], int(args.one[1]), args, rest)
-        return
+def check(args: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse what no table can have, before any run."""
     ensure(not common.several(), "one process starts the runs; leave torchrun out")
     for name in {word.split("=")[0] for word in rest} & {common.dashed(name) for name in SET}:
         raise InputError(f"{name}: the protocol sets it; leave it out")
@@ -231,42 +221,35 @@ def main(argv: list[str] | None = None) -> None:
         ensure(len(set(given)) == len(given), f"--{name} {' '.join(map(str, given))}: give each once")
     there = Path(args.data).is_dir() or args.data in ("cifar10", "cifar100")
     ensure(there, f"--data {args.data}: no such folder; give one, or cifar10 or cifar100")
-    for row in args.rows:  # wrong flags are told before any run
-        for rate in args.rates:
-            for seed in args.seeds:
-                ensure(0 < rate < 1e9, f"--rates {rate:g}: give multiples of the preset's rate, above 0")
-                config = config_of(row, args, rest, seed, rate=rate, epochs=args.epochs, out=f"{args.out}/{row}")
+    for row, rate, seed in itertools.product(args.rows, args.rates, args.seeds):
+        ensure(0 < rate < 1e9, f"--rates {rate:g}: give multiples of the preset's rate, above 0")
+        config = config_of(row, args, rest, seed, rate=rate, epochs=args.epochs, out=f"{args.out}/{row}")
     common.pick_device(config.device)
     common.build_backbone(config)
-    folder = Path(args.out)
-    held = common.make(folder)  # its lock, until the end
-    rule = {k: v for k, v in vars(args).items() if k not in ("one", "rows", "seeds", "jobs", "threads", "out")}
-    rule, kept = (
-        json.dumps(rule | {"rest": rest, "seed of the short runs": args.seeds[0]}) + "\n",
-        folder / "protocol.json",
-    )
-    same = not kept.exists() or kept.read_text() == rule
-    ensure(same, f"--out {folder}: its runs are of another protocol, see {kept}; choose another folder")
-    common.save_whole(rule, kept)
-    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+
+
+def run_all(args: argparse.Namespace, words: Sequence[str]) -> tuple[list[str], list[int]]:
+    """A process for each row and seed, `args.jobs` at a time. Returns those that failed, and the signals to stop."""
+    threads = args.threads or max(1, CORES // args.jobs)
     running: set[subprocess.Popen] = set()
-    stopping, failed = [], []
+    failed, stopping = [], []
 
     def start(row: str, seed: int) -> None:
         if stopping:
             return
-        words = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--one", row, str(seed)]
-        with open(folder / f"{row.replace(' ', '-')}-{seed}.txt", "a") as output:
-            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            child = subprocess.Popen(words, stdout=output, stderr=output, env=env, start_new_session=True)
+        output = Path(args.out) / f"{row.replace(' ', '-')}-{seed}.txt"
+        with open(output, "a") as file:
+            given = {"env": os.environ | {"OMP_NUM_THREADS": str(threads)}, "start_new_session": True}
+            one = [sys.executable, __file__, *words, "--one", row, str(seed)]
+            child = subprocess.Popen(one, stdout=file, stderr=file, **given)
         running.add(child)
         if stopping:  # since the line above
             child.terminate()
-        status = child.wait()
+        if status := child.wait():
+            failed.append(f"{row}, seed {seed}")
         running.discard(child)
-        tail = Path(output.name).read_text().strip().split("\n")[-1]
-        failed.extend([f"{row}, seed {seed}"] if status else [])
-        print(f"{row}, seed {seed}: {'done' if not status else f'exit status {status}: {tail}'}", flush=True)
+        tail = f"exit status {status}: {(output.read_text().strip().splitlines() or [''])[-1]}" if status else "done"
+        print(f"{row}, seed {seed}: {tail}", flush=True)
 
     def stop(number: int, _: Any) -> None:
         stopping.append(number)
@@ -284,14 +267,35 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return failed, stopping
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags, words = parser(), sys.argv[1:] if argv is None else argv
+    flags.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # row and seed: what a process of its own does
+    args, rest = flags.parse_known_args(words)
+    if args.quick:
+        args.epochs, args.rates, args.seeds = 2, [1], args.seeds[:1]
+    if args.one:
+        one_row(args.one[0], int(args.one[1]), args, rest)
+        return
+    check(args, rest)
+    folder = Path(args.out)
+    held, kept = common.make(folder), folder / "protocol.json"  # the lock of the folder, until the end
+    rule = {k: v for k, v in vars(args).items() if k not in ("one", "rows", "seeds", "jobs", "threads", "out")}
+    rule = json.dumps(rule | {"rest": rest, "seed of the short runs": args.seeds[0]}) + "\n"
+    same = not kept.exists() or kept.read_text() == rule
+    ensure(same, f"--out {folder}: its runs are of another protocol, see {kept}; choose another folder")
+    common.save_whole(rule, kept)
+    failed, stopping = run_all(args, words)
     said = report(args) if any(folder.glob("*/seed-*/result.json")) else "nothing is done yet"
     common.save_whole(said + "\n", folder / "results.md")
     print(f"\n{said}")
     held.close()
-    if failed and not stopping:
-        raise common.RunFailure(f"{'; '.join(failed)}: see the files of that name in {folder}")
     if stopping:
         raise common.Stopped(f"stopped; the same command goes on with what is left in {folder}", stopping[0])
+    if failed:
+        raise common.RunFailure(f"{'; '.join(failed)}: see the files of that name in {folder}")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,11 @@ def test_a_row_is_the_preset_but_for_the_protocol(row, lr):
     assert (config.epochs, config.warmup_epochs, config.seed, config.amp) == (20, 2.0, 5, "bf16")
     ours = {"data", "backbone", "epochs", "batch_size", "warmup_epochs", "lr", "seed", "knn_every", "out", "amp"}
     assert config.given == ours | ({"projection_head"} if row == "MoCo v2" else set())
-    words = results.command(config).split(" && ")[0].split()
-    same = common.parse_args(type(config), words[2:])
-    assert same == config and words[:2] == ["python", f"{config.method()}.py"]
+    train, judge = results.command(config).split(" && ")
+    words, method = train.split(), config.method()
+    assert words[:2] == ["python", f"{method}.py"] and judge == f"python linear_eval.py runs/{method}"
+    same = common.parse_args(type(config), [*words[2:], "--out", "runs/x"])
+    assert same == config and "--out" not in words
 
 
 def test_the_rate_is_the_best_of_the_short_runs_and_is_used_once(monkeypatch, tmp_path, few_shapes):
