@@ -66,7 +66,7 @@ def test_the_rate_is_the_best_of_the_short_runs_and_is_used_once(monkeypatch, tm
     def train(config, data):
         made.append((config.lr, config.epochs, config.seed, len(data.train)))
         (tmp_path / config.out).mkdir(parents=True)
-        (tmp_path / config.out / "log.csv").write_text("epoch,images_per_second\n1,100\n2,300\n3,200\n")
+        (tmp_path / config.out / "log.csv").write_text("epoch,images_per_second\n1,200\n2,100\n3,400\n")
         if config.lr == 10:
             raise common.Diverged("the loss is nan")
         if config.seed == 8:
@@ -86,7 +86,11 @@ def test_the_rate_is_the_best_of_the_short_runs_and_is_used_once(monkeypatch, tm
     assert made[4:] == [(3, 6, 7, 200)]  # by the rule's choice of the first seed
     found = json.loads((tmp_path / "out/SimCLR/seed-0/result.json").read_text())
     assert found["images_per_second"] == 200 and found["linear_top1"] == 0.6
-    assert found["minutes"] == pytest.approx(200 * (1 / 100 + 1 / 300 + 1 / 200) / 60)
+    assert found["minutes"] == pytest.approx(200 * (1 / 100 + 1 / 400 + 1 / 200) / 60)
+    args.out, made[:] = "another", []
+    results.one_row("SimCLR", 7, args, [])  # first, of two at a time
+    assert [m[:3] for m in made] == [(1, 2, 0), (3, 2, 0), (10, 2, 0), (3, 6, 7)]
+    args.out = "out"
     with pytest.raises(common.RunFailure, match="disk is full"):
         results.one_row("SimCLR", 8, args, [])
     assert not (tmp_path / "out/SimCLR/seed-8/result.json").exists()  # to be made again
@@ -265,3 +269,14 @@ def test_the_losses_that_are_timed_are_one_loss():
     arguments = loss.inputs("nt_xent", 32, 8, "cpu", torch.float32)
     values = {name: f(*arguments).item() for name, f in loss.NT_XENT.items() if not name.startswith("compile")}
     assert len(values) >= 5 and all(v == pytest.approx(values["naive"], rel=1e-5) for v in values.values()), values
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda z1, z2: 2 * loss.naive(z1, z2), lambda z1, z2: loss.naive(z1, z2) * torch.nan]
+)
+def test_another_loss_is_not_timed(wrong, monkeypatch, tmp_path):
+    monkeypatch.setattr(loss, "NT_XENT", {"ours": loss.nt_xent, "wrong": wrong})
+    command = ["loss.py", "--sizes", "64", "--queue", "--runs", "1", "--no-memory", "--csv", str(tmp_path / "loss.csv")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="wrong gives .* not the same loss"):
+        loss.main()
