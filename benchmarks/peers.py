@@ -196,7 +196,7 @@ def of_lightly(backbone: str, batch: int, steps: int, workers: int, device: str)
 
 
 def train(backbone: str, batch: int, steps: int, rounds: int, device: str) -> None:
-    """Our `train`, all that it logs included, and lightly's loop with several numbers of workers."""
+    """Our `train`, at the rate that it logs, and lightly's loop with several numbers of workers."""
     contenders = {"ours": lambda: pipeline.trained(backbone, batch, steps, device)}
     try:
         name = version("lightly")
