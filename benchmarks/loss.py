@@ -9,12 +9,11 @@ Forward and backward, median of interleaved runs in random order; memory is the 
 in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operations, or 2 x 2 N K d) over the time,
 against this machine's own large matrix product, timed in between. lightly and pytorch-metric-learning are the installed
 ones (`pip install lightly pytorch-metric-learning`); where lightly is not, and of SupContrast and solo-learn, which do
-not install, it is the formula, written here from their papers and documents. Before it is timed, each must give our
-value. Prints a table and writes a CSV (--csv).
+not install, it is the formula, written here from their papers and documents. naive is the loss of simclr.py, and of MoCo
+that of moco.py less its normalisation of the queue, whose rows are units. Before it is timed, each must give our value.
 """
 
 import argparse
-import csv
 import importlib.util
 import multiprocessing
 import random
@@ -28,12 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import blocked, info_nce, nt_xent  # noqa: F401  blocked now, so that memory leaves out its loading
-
-
-def naive(z1, z2, t=0.5):
-    n, z = len(z1), F.normalize(torch.cat([z1, z2]), dim=1)
-    s = (z @ z.T / t).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
-    return F.cross_entropy(s, (torch.arange(2 * n, device=z.device) + n) % (2 * n))
+from simclr import nt_xent as naive
 
 
 def lightly(z1, z2, t=0.5):
@@ -180,14 +174,13 @@ def main():
     parser.add_argument("--large", action="store_true", help="ours alone, at 2N up to 65,536")
     parser.add_argument("--before", help="folder of another checkout, whose kernels/ is measured as well")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--csv", default="loss.csv")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     sizes, queue = ([2048 * 2**i for i in range(6)], []) if args.large else (args.sizes, args.queue)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.dtype}, d = {args.d}")
     print(f"{'problem':8} {'size':>6} {'loss':22} {'ms':>9} {'x ours':>7} {'extra MB':>9} {'efficiency':>10}")
     before = args.before and other_kernels(args.before)
-    rows, big = [], [torch.randn(4096, 4096, device=args.device, dtype=dtype) for _ in range(3)]
+    big = [torch.randn(4096, 4096, device=args.device, dtype=dtype) for _ in range(3)]
     for problem, size in [("nt_xent", m) for m in sizes] + [("info_nce", k) for k in queue]:
         functions = dict(NT_XENT if problem == "nt_xent" else MOCO)
         if args.large:
@@ -218,14 +211,9 @@ def main():
         for name, took in median.items():
             shape = problem, name, size, args.d, args.device, dtype
             memory = None if args.no_memory or name == "before" else in_process(*shape)
-            rows.append([problem, size, name, took * 1e3, took / median["ours"], memory, operations / took / rate])
             shown = "-" if memory is None else f"{memory / 1e6:.1f}"
             print(f"{problem:8} {size:6} {name:22} {took * 1e3:9.2f} {took / median['ours']:7.2f} {shown:>9} "
                   f"{operations / took / rate:10.2f}", flush=True)  # fmt: skip
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["problem", "size", "loss", "ms", "times_ours", "extra_bytes", "efficiency"])
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
