@@ -26,7 +26,7 @@ f is kept and all else is thrown away: y, called h in the other files, is the re
     python byol.py --data /my/photos --backbone resnet18 --batch-size 256 --optimizer sgd --lr 0.05
     python byol.py --preset paper-100 --data /imagenet         the published 100 epochs; paper-300; paper (1000)
 
-The demo ends at a kNN of 0.850 to 0.913, raw pixels at 0.726 (five seeds; an EPYC with AVX2).
+The demo ends at a kNN of 0.850 to 0.914, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
 
 Unlike the paper's (appendix B), crops are resized bilinearly (there bicubically), and the colour jitter is
 torchvision's, by factors; the authors' code shifts brightness additively, contrast by channel, saturation in HSV.

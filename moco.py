@@ -25,7 +25,7 @@ The loss is asymmetric: only the query's view is trained on. f_q without its hea
     python moco.py --data /my/photos --backbone resnet18   any folder of images
     python moco.py --preset paper-v1 --data /imagenet      version 1; --preset paper is version 2
 
-The demo ends at a kNN of 0.858 to 0.959, raw pixels at 0.726 (five seeds; Xeon and EPYC).
+The demo ends at a kNN of 0.853 to 0.937, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
 
 Unlike the authors' code, the learning rate of the cosine moves at every step (theirs at every epoch), and the blur's
 kernel is a tenth of the side (that of Pillow, which they take, has no bound: at 32 pixels it blurs visibly more). Their

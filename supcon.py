@@ -27,7 +27,7 @@ learns better (section 3.2.2).
     python supcon.py --loss cross-entropy                  the one-stage baseline in the same budget
     python supcon.py --data /my/photos                     class sub-folders
 
-The demo ends at a kNN of 0.960 to 0.979, raw pixels at 0.726 (five seeds; Xeon and EPYC).
+The demo ends at a kNN of 0.965 to 0.979, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
 
 Not as in the paper: its best augmentation, AutoAugment, is not here (the views are those of the authors' code for
 CIFAR). The baseline runs by SupCon's recipe; the authors' code trains it at lr 0.8 with one view, cropped and flipped.

@@ -27,7 +27,7 @@ entropy. f is kept, g and C are thrown away: h = f(x) is the representation.
     python swav.py                                         the demo: embedded data, two CPU cores
     python swav.py --data /my/photos --backbone resnet18 --preset paper-256 --prototypes 300
 
-The demo ends at a kNN of 0.975 to 0.981, raw pixels at 0.726 (five seeds; an EPYC with AVX2).
+The demo ends at a kNN of 0.963 to 0.985, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
 
 Not as in the authors' code: the loss is the paper's sum over pairs, theirs the mean (for LARS nearly the same: weight
 decay counts for less); the queue is filled from the start, theirs from the epoch of its first use.

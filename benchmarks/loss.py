@@ -9,8 +9,8 @@ Forward and backward, median of interleaved runs in random order; memory is the 
 in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operations, or 2 x 2 N K d) over the time,
 against this machine's own large matrix product, timed in between. lightly and pytorch-metric-learning are the installed
 ones (`pip install lightly pytorch-metric-learning`); where lightly is not, and of SupContrast and solo-learn, which do
-not install, it is the formula, written here from their papers and documents. naive is the loss of simclr.py, and of MoCo
-that of moco.py less its normalisation of the queue, whose rows are units. Before it is timed, each must give our value.
+not install, it is the formula, written here from their papers and documents. naive is the loss of simclr.py; of MoCo it
+is that of moco.py less its normalisation of the queue, whose rows are units. Before it is timed, each must give our value.
 """
 
 import argparse
