@@ -10,7 +10,7 @@ in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operation
 against this machine's own large matrix product, timed in between. lightly and pytorch-metric-learning are the installed
 ones (`pip install lightly pytorch-metric-learning`); where lightly is not, and of SupContrast and solo-learn, which do
 not install, it is the formula, written here from their papers and documents. naive is the loss of simclr.py; of MoCo it
-is that of moco.py less its normalisation of the queue, whose rows are units. Before it is timed, each must give our value.
+is that of moco.py, but for a queue whose rows are units already. Before it is timed, each must give our value.
 """
 
 import argparse
