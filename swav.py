@@ -54,7 +54,7 @@ CIFAR = {  # ours, since the paper does not train on CIFAR-10; tried for ten epo
     **{"batch_size": 128, "optimizer": "sgd", "lr": 0.4, "weight_decay": 1e-4, "prototypes": 512, "epsilon": 0.01},
     **{"crop_min_scale": 0.2, "blur": 0.0},
 }
-DEMO = {  # ours: learns the shapes set on two CPU cores in about two minutes
+DEMO = {  # ours: learns the shapes set on two CPU cores in one and a half to three minutes
     **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "crops": "2x32", "epochs": 6, "batch_size": 128},
     **{"optimizer": "sgd", "lr": 0.4, "weight_decay": 1e-4, "warmup_epochs": 1.0, "prototypes": 64},
     **{"epsilon": 0.01},  # with softer codes p stays uniform for long
