@@ -3,7 +3,7 @@
 Grill, Strub, Altché, Tallec, Richemond and others, NeurIPS 2020, https://arxiv.org/abs/2006.07733
 
 Two views of each image are drawn, v = t(x) and v' = t'(x), with different strengths. The online network has to predict
-from one view what the target network, a slow average of itself, makes of the other. There are no negatives:
+from one view what the target network, a slow average of the online one, makes of the other. There are no negatives:
 
     y = f(v)    z = g(y)    q(z)           online, with parameters theta
     y' = f'(v')    z' = g'(y')             target, with parameters xi, no gradient
@@ -12,7 +12,7 @@ from one view what the target network, a slow average of itself, makes of the ot
     xi <- tau xi + (1 - tau) theta                    after each step of theta                    (equations 1, 4)
     tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2  at step k of K                              (section 3.2)
 
-f is kept and all else is thrown away: y, called h in the other files, is the representation.
+Only f is kept: its output y, which the other files call h, is the representation.
 
     paper                      here                            flag
     f, g, q                    model.backbone, .projector,     --backbone, --hidden-dim, --projection-dim,
@@ -23,13 +23,14 @@ f is kept and all else is thrown away: y, called h in the other files, is the re
     N                          config.batch_size               --batch-size
 
     python byol.py                                             the demo: embedded data, two CPU cores
-    python byol.py --data /my/photos --backbone resnet18 --batch-size 256 --optimizer sgd --lr 0.05
+    python byol.py --data /my/photos                           your own pictures
     python byol.py --preset paper-100 --data /imagenet         the published 100 epochs; paper-300; paper (1000)
 
-The demo ends at a kNN of 0.850 to 0.914, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
+The demo ends at a kNN of 0.850 to 0.914; raw pixels reach 0.726 (five seeds; an EPYC with AVX-512).
 
-Unlike the paper's (appendix B), crops are resized bilinearly (there bicubically), and the colour jitter is
-torchvision's, by factors; the authors' code shifts brightness additively, contrast by channel, saturation in HSV.
+This file differs from the authors' code in two points. Crops are resized bilinearly, there bicubically (appendix B).
+The colour jitter is torchvision's, by factors; theirs shifts brightness additively, contrast by channel, and saturation
+in HSV.
 """
 
 import math
@@ -44,18 +45,21 @@ import common
 from common import RunConfig, cosine_lr, set_lr
 from images import color_jitter, flip, gaussian_blur, grey, normalize, sometimes
 
-SHORT = {"weight_decay": 1e-6, "momentum": 0.99}  # of both 100 and 300 epochs (the authors' code)
-CIFAR = {  # ours, since the paper does not pretrain on CIFAR-10: its views without the blur
-    **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "stem": "cifar", "epochs": 800, "batch_size": 256},
-    **{"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.99, "hidden_dim": 2048},
-    **{"blur_1": 0.0, "blur_2": 0.0},
-}
-DEMO = {  # ours: learns the shapes set on two CPU cores in about three minutes
-    **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 11, "batch_size": 64},
-    **{"optimizer": "sgd", "lr": 0.8, "weight_decay": 1e-4, "warmup_epochs": 1.0, "hidden_dim": 256},
-    **{"momentum": 0.9, "projection_dim": 256},  # in so short a run 0.99 would be too far behind
-    **{"crop_min_scale": 0.35, "blur_1": 0.0, "blur_2": 0.0, "solarize_2": 0.0},
-}
+SHORT = dict(weight_decay=1e-6, momentum=0.99)  # for 100 and for 300 epochs (the authors' code)
+CIFAR = dict(  # ours, since the paper does not pretrain on CIFAR-10: the paper's views without the blur
+    data="cifar10", image_size=32, backbone="resnet18", stem="cifar", epochs=800, batch_size=256,
+    optimizer="sgd", lr=0.1, weight_decay=5e-4, momentum=0.99, hidden_dim=2048, blur_1=0.0, blur_2=0.0,
+)  # fmt: skip
+PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+    image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=1e-4,
+    warmup_epochs=0.0, momentum=0.99, hidden_dim=1024,
+)  # fmt: skip
+DEMO = dict(  # ours: learns the shapes set on two CPU cores in about three minutes
+    data="shapes", image_size=32, backbone="resnet8", epochs=11, batch_size=64, optimizer="sgd", lr=0.8,
+    weight_decay=1e-4, warmup_epochs=1.0, hidden_dim=256, projection_dim=256,
+    momentum=0.9,  # at 0.99 the target would be too far behind in so short a run
+    crop_min_scale=0.35, blur_1=0.0, blur_2=0.0, solarize_2=0.0,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -64,23 +68,24 @@ class Config(RunConfig):
 
     PRESETS = {
         "paper": {},
-        "paper-300": SHORT | {"epochs": 300, "lr": 0.3},
-        "paper-100": SHORT | {"epochs": 100, "lr": 0.45},
+        "paper-300": dict(SHORT, epochs=300, lr=0.3),
+        "paper-100": dict(SHORT, epochs=100, lr=0.45),
         "cifar": CIFAR,
+        "photos": PHOTOS,
         "demo": DEMO,
     }
 
     momentum: float = 0.996  # tau_base, raised to 1 by a cosine; 0 = the online network, 1 = fixed, random (table 5a)
-    predictor: bool = True  # q; without it all collapses (table 5b)
+    predictor: bool = True  # q; without it all outputs collapse to one (table 5b)
     symmetric: bool = True  # add the loss with the views exchanged (section 3.1)
     hidden_dim: int = 4096  # width of the hidden layers of g and q (section 3.2)
     projection_dim: int = 256  # width of z and q(z) (section 3.2)
     crop_min_scale: float = 0.08  # least area of a crop; the most is 1 (appendix B)
     jitter_strength: float = 1.0  # times the colour jitter of 0.4, 0.4, 0.2, 0.1 (table 6)
     blur_1: float = 1.0  # probability that the first view is blurred (table 6)
-    blur_2: float = 0.1  # the same for the second view
+    blur_2: float = 0.1  # probability that the second view is blurred (table 6)
     solarize_1: float = 0.0  # probability that the first view is solarized (table 6)
-    solarize_2: float = 0.2  # the same for the second view
+    solarize_2: float = 0.2  # probability that the second view is solarized (table 6)
     epochs: int = 1000  # passes over the training images (section 3.2)
     batch_size: int = 4096  # N, images in a step (section 3.2)
     optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 3.2) or sgd, both with momentum 0.9
@@ -91,20 +96,20 @@ class Config(RunConfig):
 
     def check(self) -> None:
         super().check()
-        common.ensure(self.hidden_dim > 0, "--hidden-dim 0: must be above 0")
-        common.ensure(self.batch_size > 1, "--batch-size 1: BN has nothing to compare then; give 2 or more")
-        common.ensure(self.jitter_strength <= 5, "--jitter-strength: at most 5, where the hue turns by half a circle")
+        self.need("batch_size > 1", "lr > 0", "hidden_dim > 0", "projection_dim > 0", "momentum <= 1")
+        self.need("blur_1 <= 1", "blur_2 <= 1", "solarize_1 <= 1", "solarize_2 <= 1")
+        self.need("0 < crop_min_scale <= 1", "jitter_strength <= 5")  # at 5 the hue turns by half a circle
 
 
 def solarize(x: Tensor) -> Tensor:
-    """Invert what is at or above one half."""
+    """Invert every value of at least one half."""
     return torch.where(x >= 0.5, 1 - x, x)
 
 
 def augment(x: Tensor, config: Config, blur: float, solarized: float) -> Tensor:
     """t(x) after the crop (appendix B, table 6), a draw of its own for every image. x: (N, 3, H, W) in [0, 1].
 
-    T and T' differ in the probabilities of `blur` and `solarized` alone.
+    T and T' differ only in `blur` and `solarized`, the probabilities of these two operations.
     """
     s = config.jitter_strength
     x = sometimes(x, 0.5, flip)
@@ -122,16 +127,19 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class BYOL(nn.Module):
-    """Online and target network. `model(v1, v2)` is q(z) of v1 and z' of v2, and, unless `--no-symmetric`, those of the
-    views exchanged; `model.backbone(x)` is kept, `model.embed(x)` is z."""
+    """Online and target network. `model(v, other)` is q(z) of v and z' of the other view, (N, d) each.
+
+    `model.backbone(x)` is the representation, which is kept; `model.embed(x)` is z.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.dim, hidden, self.symmetric = config.projection_dim, config.hidden_dim, config.symmetric
+        self.dim, hidden = config.projection_dim, config.hidden_dim
         self.backbone = common.build_backbone(config)
         self.projector = mlp(self.backbone.feature_dim, hidden, self.dim)
         self.predictor = mlp(self.dim, hidden, self.dim) if config.predictor else nn.Identity()
-        # starts at random weights of its own (the authors' code; by --init at the same), where --momentum 1 leaves it
+        # The target starts at random weights of its own (the authors' code), and --momentum 1 leaves it there. --init
+        # gives its backbone the same weights as f.
         self.target = nn.Sequential(common.build_backbone(config), mlp(self.backbone.feature_dim, hidden, self.dim))
         self.target.requires_grad_(False)
         if config.momentum == 0:
@@ -140,13 +148,10 @@ class BYOL(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         return self.projector(self.backbone(x))
 
-    def forward(self, v1: Tensor, v2: Tensor) -> list[Tensor]:
-        out = []  # (N, d) each; one view after the other: BN statistics are of one view
-        for v, other in [(v1, v2), (v2, v1)] if self.symmetric else [(v1, v2)]:
-            q = self.predictor(self.embed(v))
-            with torch.no_grad():
-                out += [q, self.target(other)]
-        return out
+    def forward(self, v: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.predictor(self.embed(v))
+        with torch.no_grad():
+            return q, self.target(other)
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
@@ -169,45 +174,36 @@ def byol_loss(q: Tensor, z: Tensor) -> Tensor:
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
-    device, data = common.start(config, data)
-    model = BYOL(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)  # the target too trains: its BN takes the batch's statistics
-    n, lr = config.batch_size, config.lr * config.batch_size / 256
-    weights = common.parameter_groups(model, config.weight_decay)
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    run = common.Run(config, data)
+    model = BYOL(config).to(run.device, memory_format=torch.channels_last)
+    lr, weights = config.lr * config.batch_size / 256, common.parameter_groups(model, config.weight_decay)
     if config.optimizer == "lars":
         optimizer = common.LARS(weights, lr=lr, momentum=0.9, lr_in_momentum=False)
     else:
         optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
-    target = {0: "the online network itself", 1: f"fixed, its backbone's weights {config.init}"}
-    run.header(
-        optimizer=f"{config.optimizer}, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256)",
-        loss=f"byol_loss, mean over N = {n} images" + "; the sum of both directions, 0 to 8" * config.symmetric,
-        target=target.get(config.momentum, f"moving average, tau from {config.momentum:g} to 1 by a cosine"),
-        watched="std and rank are those of q(z); it ends without a BN, so well below healthy is usual",
-    )
+    note = f"byol_loss, {'the sum of both directions, 0 to 8' if config.symmetric else 'of one direction, 0 to 4'}; "
+    target = {0: "the online network itself", 1: "fixed at its first weights"}
+    note += "the target is " + target.get(config.momentum, f"a moving average, tau from {config.momentum:g} to 1")
+    note += "; std and rank are those of q(z), which has no BN and is usually well below healthy"
+    network = run.begin(model, optimizer=optimizer, note=note)
 
-    for _ in run.epochs():
-        for _, (v1, v2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
-            v1 = augment(v1, config, config.blur_1, config.solarize_1)  # t(x): (N, 3, S, S)
-            v2 = augment(v2, config, config.blur_2, config.solarize_2)  # t'(x)
-            set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
+    for _, (v1, v2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
+        v1 = augment(v1, config, config.blur_1, config.solarize_1)  # t(x): (N, 3, S, S)
+        v2 = augment(v2, config, config.blur_2, config.solarize_2)  # t'(x)
+        set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
-            q1, z2, *exchanged = network(v1, v2)  # q(z) of v1, z' of v2: (N, d)
-            loss = byol_loss(q1.float(), z2.float())
-            if exchanged:
-                q2, z1 = exchanged
-                loss = loss + byol_loss(q2.float(), z1.float())
+        q1, z2 = network(v1, v2)  # q(z) of v1, z' of v2: (N, d); one view at a time, so BN statistics are of one view
+        loss = byol_loss(q1.float(), z2.float())
+        if config.symmetric:
+            q2, z1 = network(v2, v1)
+            loss = loss + byol_loss(q2.float(), z1.float())
 
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            model.update_target(tau_at(run.step, run.total, config.momentum))  # after the step (section 3.2)
-            run.log(loss, q1, v1, v2)
-        run.end_epoch()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_target(tau_at(run.step, run.total, config.momentum))  # after the step (section 3.2)
+        run.log(loss, q1, v1, v2)
     return run.finish()
 
 

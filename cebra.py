@@ -2,172 +2,162 @@
 
 Schneider, Lee, Mathis, Nature 2023, https://arxiv.org/abs/2204.00673
 
-SimCLR's idea on a time series. s_t is the activity of n neurons around time t, c_t the behaviour. Of each of N times t
-one positive t+ is drawn, and for all of them N negatives t_j, uniform in time:
+CEBRA is SimCLR's idea on a time series. s_t is the activity of n neurons around time t, and c_t is the behaviour at t.
+A step draws N times t, a positive t+ for each t, and N negatives t_j, which all t share. Negatives are uniform in time.
 
-    x = f(s_t)    y+ = f(s_t+)    y_j = f(s_tj)    psi(x, y) = x . y / tau, of unit vectors; or -|x - y|^2 / tau
+    x = f(s_t)    y+ = f(s_t+)    y_j = f(s_tj)
+    psi(x, y) = x . y / tau, where |x| = |y| = 1; or -|x - y|^2 / tau, where x and y lie anywhere
     L = mean over t of [ -psi(x, y+) + log sum over j of exp psi(x, y_j) ]         (Methods, generalised InfoNCE)
 
     --mode        t+, the positive of t
     time          t + offset
-    behavior      the time at which c is nearest to c_t + c_(t'+offset) - c_t', t' uniform: a change that happens
-                  (of the same label, if there are labels; of labels alone: any time of the same label)
-    hybrid        one of each: the mean of the two losses
+    behavior      the time whose c is nearest to c_t + (c_(t'+offset) - c_t'), where t' is uniform: a change that occurs
+                  (with labels, t+ has the label of t; with labels alone, t+ is any time that has the label of t)
+    hybrid        one positive of each kind; L is the mean of their two losses
 
     paper                      here                        flag
     f                          model.backbone              --encoder, --hidden-dim, --embedding-dim
     s_t, c_t                   spikes, behavior, labels    --data
     psi, tau                   info_nce                    --similarity, --temperature, --learn-temperature
-    q, of the negatives        Sampler                     --negatives
+    q, p                       Sampler                     --negatives, --mode
 
     python cebra.py                                        the demo: a rat on a track, two CPU cores
     python cebra.py --data FILE.npz --mode time --embedding-dim 8
 
-FILE.npz holds `spikes` (T, n), and `behavior` (T, k), `labels` (T,) or both.
+FILE.npz needs `spikes`; modes other than time need `behavior`, `labels` or both. The demo decodes the rat's position on
+160 cm of track: the median error is 2.5 to 2.7 cm from z, 7.2 cm from PCA of as many dimensions, and 53 cm of a guess
+(five seeds; EPYC).
 
-The demo's z errs by 2.5 to 2.7 cm of 160, PCA of as many dimensions by 7.2, a guess by 53 (five seeds; EPYC).
-
-Not as in the authors' code: hybrid's losses are averaged, and both of the whole z (theirs: added, behaviour's of its
-first three dimensions); t and t_j are uniform in time also with behaviour and labels (theirs: balanced over labels).
+The authors' code differs in two ways. With labels, it draws t and t_j balanced over the labels. In hybrid mode, it adds
+the two losses, and behaviour's loss sees the first three dimensions of z only.
 """
 
 import dataclasses
 import json
 import math
+import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import Flags, InputError, ensure
+from common import Flags
+from images import InputError, ensure, explain, seed_of
 from recordings import Recording, compare, load, pad, picture
 
-try:
-    import kernels
-except ModuleNotFoundError as error:  # the folder was not copied along: the naive loss below runs
-    if error.name != "kernels":
-        raise
-    kernels = None
-
-DEMO = {"epochs": 20, "lr": 0.01, "temperature": 0.2}  # ours: 740 steps, a minute on two CPU cores
+DEMO = dict(epochs=20, lr=0.01, temperature=0.2)  # ours: 740 steps, a minute on two CPU cores
 
 
-@dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Config(Flags):
     """CEBRA's flags. The defaults are the authors' for the rat's hippocampus (Methods; their demo notebooks)."""
 
     PRESETS = {"paper": {}, "demo": DEMO}
-    embedded = "track"
+    PRESET_OF = {"track": "demo"}
 
-    data: str = "track"  # track (a rat on a linear track, made on the spot), or an .npz of spikes, behavior, labels
-    mode: Literal["time", "behavior", "hybrid"] = "behavior"  # what a positive shares: time, behaviour, or one of each
-    time_offset: int = 10  # samples from t to its positive (time), and of a change of behaviour (behavior)
-    negatives: Literal["uniform", "label"] = "uniform"  # in time; label: t and t_j of a step are all of one label
-    shuffle: bool = False  # the control: t+ is drawn by behaviour and labels in another order; decoding is not
-    encoder: Literal["conv", "mlp"] = "conv"  # of ten samples (the package's offset10-model), or of one (offset1-model)
+    data: str = "track"  # track (a simulated rat), or an .npz of spikes (T, n), behavior (T, k), labels (T,)
+    mode: Literal["time", "behavior", "hybrid"] = "behavior"  # what makes a positive: time, behaviour, or one of each
+    time_offset: int = 10  # samples from t to its positive by time, and from the start to the end of a change
+    negatives: Literal["uniform", "label"] = "uniform"  # uniform in time; label: a step's times all have one label
+    shuffle: bool = False  # a control: train on behaviour and labels in another order; decoding keeps their order
+    encoder: Literal["conv", "mlp"] = "conv"  # conv sees ten samples (offset10-model), mlp sees one (offset1-model)
     hidden_dim: int = 32  # width of the hidden layers (the notebooks)
-    embedding_dim: int = 3  # d, width of z (3 to 32)
-    similarity: Literal["cosine", "euclidean"] = "cosine"  # of z on the sphere, or anywhere: minus the squared distance
-    temperature: float = 1.0  # tau (the package); where it starts, if learnt
-    learn_temperature: bool = False  # train tau, by its logarithm, down to --min-temperature
-    min_temperature: float = 0.1  # the least tau that is learnt (the package)
-    epochs: int = 667  # of T / N steps (10,000 for the rat's 10,178 samples, of which 0.8 train)
-    batch_size: int = 512  # N times, and as many negatives
-    lr: float = 3e-4  # of Adam, constant
-    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's; else that of kernels/
-    seed: int = 0  # seed of the weights and of the times drawn; the track's own is fixed
-    device: str = "auto"  # any torch device; auto = cuda where there is one, else cpu
-    out: str = "runs/cebra"  # folder of the run's files
+    embedding_dim: int = 3  # d, the width of z; the paper has 3 to 32
+    similarity: Literal["cosine", "euclidean"] = "cosine"  # cosine, z on the sphere; or minus the squared distance
+    temperature: float = 1.0  # tau (the package's default); where it starts, if it is learnt
+    learn_temperature: bool = False  # train the logarithm of tau, too
+    min_temperature: float = 0.1  # a learnt tau stays at or above this value (the package's default)
+    epochs: int = 667  # passes of T / N steps; 667 are 10,000 steps on the paper's rat; 0 writes untrained weights
+    batch_size: int = 512  # N: times in a step, and negatives
+    lr: float = 3e-4  # Adam's learning rate, constant
+    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive is this file's, the others kernels/'s
+    seed: int = 0  # seed of the weights and of the times drawn; the track has a fixed seed of its own
+    device: str = "auto"  # any torch device; auto is cuda where there is a GPU, else cpu
+    out: str = "runs/cebra"  # folder of the run; if it holds a run, a new one beside it, such as runs/cebra-2
 
     def check(self) -> None:
         super().check()
-        fits = self.embedding_dim > 1 or self.similarity == "euclidean"
-        ensure(fits, "--embedding-dim 1: the sphere has two points then; give 2 or more")
-        ensure(self.hidden_dim > 1, f"--hidden-dim {self.hidden_dim}: give 2 or more")
-        floor = not self.learn_temperature or self.temperature >= self.min_temperature
-        ensure(floor, f"--temperature {self.temperature}: must be at least --min-temperature {self.min_temperature}")
-        fits = self.similarity == "cosine" or self.loss_backend in ("auto", "naive")
-        ensure(fits, f"--loss-backend {self.loss_backend}: is for --similarity cosine; take naive")
+        self.need("time_offset > 0", "hidden_dim > 1", "embedding_dim > 0", "batch_size > 0", "lr > 0")
+        self.need("temperature > 0", "min_temperature > 0", "temperature >= min_temperature or not learn_temperature")
+        self.need("embedding_dim > 1 or similarity == 'euclidean'")  # the sphere in one dimension is two points
+        self.need("loss_backend in ('auto', 'naive') or similarity == 'cosine'")
+        used = self.learn_temperature or self.min_temperature == Config.min_temperature
+        ensure(used, "--min-temperature: needs --learn-temperature; else leave it out")
+        ensure(not self.shuffle or self.mode != "time", "--shuffle: --mode time uses no behavior; leave it out")
 
 
 class Groups:
-    """Times by their group (T,). `draw(g)` is for each of the groups g (N,) one of its times, uniformly."""
+    """The times 0 to T - 1, each in the group that `group` (T,) names."""
 
     def __init__(self, group: Tensor) -> None:
         self.order, self.count = group.argsort(), group.bincount()
         self.first = self.count.cumsum(0) - self.count
 
     def draw(self, g: Tensor) -> Tensor:
+        """For each of the groups g (N,) one of its times, uniformly."""
         return self.order[self.first[g] + (torch.rand(len(g), dtype=torch.float64) * self.count[g]).long()]
 
 
 class Sampler:
-    """What is drawn for a step: `draw(n)` is t, the negatives t_j, and t+ of each loss, (n,) times each.
+    """Draws the times of a step. `draw(n)` returns t, the negatives t_j, and the positives t+ of each loss, (n,) each.
 
-    Raises `InputError` where the recording has not what the mode asks for.
+    Raises `InputError` if the recording lacks what the config asks for.
     """
 
     def __init__(self, config: Config, recording: Recording) -> None:
         (spikes, behavior, labels, _), self.mode, self.offset = recording, config.mode, config.time_offset
         samples, several = len(spikes), labels is not None and bool((labels != labels[0]).any())
         changes = behavior is not None and bool((behavior != behavior[0]).any())
-        ensure(self.offset < samples, f"--time-offset {self.offset}: must be less than the {samples} samples there are")
-        why = f"--mode {self.mode}: the {samples} samples have no behavior that changes, and no two labels; take time"
-        ensure(self.mode == "time" or several or changes, why)
-        ensure(not config.shuffle or self.mode != "time", "--shuffle: --mode time uses no behavior; leave it out")
-        uniform = config.negatives == "uniform"
-        ensure(uniform or several, f"--negatives label: the {samples} samples have no two labels; take uniform")
-        why = "--negatives label: without behavior positives are of one label, too; take uniform"
-        ensure(uniform or self.mode == "time" or changes, why)
+        uniform, by_time = config.negatives == "uniform", config.mode == "time"
+        ensure(self.offset < samples, f"--time-offset {self.offset}: there are {samples} samples; give less")
+        ensure(by_time or several or changes, f"--mode {self.mode}: behavior and labels never change; give time")
+        ensure(uniform or several, "--negatives label: there are no two labels; give uniform")
+        ensure(uniform or by_time or changes, "--negatives label: needs behavior that changes; give uniform")
+
         label = torch.zeros(samples, dtype=torch.long) if labels is None else labels
         behavior = torch.zeros(samples, 0, dtype=torch.float64) if behavior is None else behavior
         if config.shuffle:
             order = torch.randperm(samples)
             label, behavior = label[order], behavior[order]
-        self.pool = label if config.negatives == "label" else torch.zeros_like(label)
-        self.last = samples - self.offset * (self.mode != "behavior")  # later ones have no positive by time
+        self.pool = torch.zeros_like(label) if uniform else label
+        self.last = samples - self.offset * (self.mode != "behavior")  # times from here on have no positive by time
         self.times, self.negatives = Groups(self.pool[: self.last]), Groups(self.pool)
-        if self.mode == "time":
+        if by_time:
             return
-        far = 1 + 4 * (behavior.amax(0) - behavior.amin(0)).norm()  # no change leads so far: the same label is nearer
+        far = 1 + 4 * (behavior.amax(0) - behavior.amin(0)).norm()  # no change is so large: the same label is nearer
         context = torch.cat([far * label[:, None], behavior], 1)  # (T, 1 + k)
         self.contexts, self.context_of = context.unique(dim=0, return_inverse=True)  # sorted
         self.alike = Groups(self.context_of)
         self.change = context[self.offset :] - context[: -self.offset]  # (T - offset, 1 + k)
-        self.change[:, 0] = 0
+        self.change[:, 0] = 0  # a change never leads to another label
 
     def draw(self, n: int) -> list[Tensor]:
-        g = self.pool[torch.randint(self.last, (1,))].expand(n)
+        g = self.pool[torch.randint(self.last, (1,))].expand(n)  # a label is drawn as often as it occurs
         t = self.times.draw(g)
-        drawn = [t, self.negatives.draw(g)]
-        if self.mode != "time":
-            drawn.append(self.by_behavior(t))
-        if self.mode != "behavior":
-            drawn.append(t + self.offset)
-        return drawn
+        by_behavior = [self.by_behavior(t)] if self.mode != "time" else []
+        by_time = [t + self.offset] if self.mode != "behavior" else []
+        return [t, self.negatives.draw(g), *by_behavior, *by_time]
 
     def by_behavior(self, t: Tensor) -> Tensor:
         wanted = self.contexts[self.context_of[t]] + self.change[torch.randint(len(self.change), t.shape)]
         return self.alike.draw(self.nearest(wanted))
 
     def nearest(self, wanted: Tensor) -> Tensor:
-        """The context (N,) next to each of the wanted ones (N, 1 + k)."""
+        """The index (N,) of the context nearest to each of the wanted ones (N, 1 + k)."""
         if wanted.shape[1] > 2:
             exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
             return torch.cat([torch.cdist(w, self.contexts, **exact).argmin(1) for w in wanted.split(64)])
-        key, wanted = self.contexts.sum(1), wanted.sum(1)
+        key, wanted = self.contexts.sum(1), wanted.sum(1)  # one column of behaviour: a line, on which labels are apart
         right = torch.searchsorted(key, wanted).clamp(1, len(key) - 1)
         return right - (wanted - key[right - 1] < key[right] - wanted).long()
 
 
 class Conv(nn.Module):
-    """A convolution over time, (N, L, n) to (N, L - width + 1, m), as one product: nn.Conv1d took twice the time."""
+    """A convolution over time, (N, L, n) to (N, L - width + 1, m), as one product: nn.Conv1d takes twice the time."""
 
     def __init__(self, n: int, m: int, width: int) -> None:
         super().__init__()
@@ -178,26 +168,24 @@ class Conv(nn.Module):
         return self.product(torch.cat([s[:, i : i + length] for i in range(self.width)], 2))
 
 
-class Skip(nn.Module):
-    """x + GELU(conv(x)); two samples shorter than x."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = Conv(width, width, 3)
+class Skip(Conv):
+    """x + GELU(conv(x)), shorter than x by width - 1 samples; the width is 3."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, 1:-1] + F.gelu(self.conv(x))
+        return x[:, 1:-1] + F.gelu(super().forward(x))
 
 
 class CEBRA(nn.Module):
-    """f and tau. `model(s)` of spikes (N, L, n) is z (N, L - `field` + 1, d), of the `field` samples around each time;
-    `model.embed(spikes)` of a recording (T, n) is z (T, d)."""
+    """The encoder f, and tau. One z (d,) is made of `field` samples: 10, or 1 for the mlp.
+
+    `model(s)` is z (N, L - field + 1, d) of spikes (N, L, n); `model.embed(spikes)` is z (T, d) of a recording (T, n).
+    """
 
     def __init__(self, config: Config, neurons: int) -> None:
         super().__init__()
         h, d = config.hidden_dim, config.embedding_dim
         if config.encoder == "conv":
-            skips = [Skip(h) for _ in range(3)]
+            skips = [Skip(h, h, 3) for _ in range(3)]
             layers = [Conv(neurons, h, 2), nn.GELU(), *skips, Conv(h, d, 3)]
         else:
             layers = [nn.Linear(neurons, h), nn.GELU(), nn.Linear(h, h), nn.GELU()]
@@ -205,8 +193,7 @@ class CEBRA(nn.Module):
         self.neurons = neurons
         self.backbone, self.field = nn.Sequential(*layers), 10 if config.encoder == "conv" else 1
         self.sphere, self.most = config.similarity == "cosine", 1 / config.min_temperature
-        log_scale = torch.tensor(-math.log(config.temperature))
-        self.log_scale = nn.Parameter(log_scale, requires_grad=config.learn_temperature)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)), config.learn_temperature)
 
     @property
     def temperature(self) -> Tensor:
@@ -218,120 +205,123 @@ class CEBRA(nn.Module):
         return F.normalize(z, dim=2) if self.sphere else z
 
     @torch.no_grad()
-    def embed(self, spikes: Tensor | np.ndarray) -> Tensor:
+    def embed(self, spikes: Any) -> Tensor:
         spikes, piece = torch.as_tensor(spikes, dtype=self.log_scale.dtype, device=self.log_scale.device), 4096
         s = pad(spikes, self.field)[None]
-        pieces = [self(s[:, i : i + piece + self.field - 1])[0] for i in range(0, len(spikes), piece)]
-        return torch.cat(pieces)
+        return torch.cat([self(s[:, i : i + piece + self.field - 1])[0] for i in range(0, len(spikes), piece)])
 
 
-def info_nce(
-    z: Tensor, positive: Tensor, negatives: Tensor, temperature: float | Tensor = 1.0, similarity: str = "cosine"
-) -> Tensor:
-    """Mean over t of -psi(x, y+) + log sum over j of exp psi(x, y_j); the positive is not in the sum.
+def info_nce(z: Tensor, positive: Tensor, negatives: Tensor, tau: float | Tensor, cosine: bool = True) -> Tensor:
+    """Mean over t of -psi(x, y+) + log sum over j of exp psi(x, y_j). The sum leaves the positive out.
 
-    z, positive: (N, d), negatives: (M, d), of length 1 if cosine. The naive loss: it builds the N x M matrix.
+    z, positive: (N, d); negatives: (M, d); for `cosine` of unit length. This naive loss builds the N x M matrix.
     """
-    if similarity == "cosine":
+    if cosine:
         s_pos, s_neg = (z * positive).sum(1), z @ negatives.T  # (N,), (N, M)
     else:
         s_pos = -(z - positive).square().sum(1)
         s_neg = 2 * z @ negatives.T - z.square().sum(1, keepdim=True) - negatives.square().sum(1)
-    return ((s_neg / temperature).logsumexp(1) - s_pos / temperature).mean()
+    return ((s_neg / tau).logsumexp(1) - s_pos / tau).mean()
 
 
-def loss_of(model: CEBRA, s: Tensor, drawn: list[Tensor], config: Config, backend: str) -> Tensor:
-    """The loss at the times that a `Sampler` has drawn, s being the padded spikes; of hybrid, the mean of its two."""
+def loss_of(model: CEBRA, s: Tensor, drawn: list[Tensor], backend: str) -> Tensor:
+    """The loss at the times that a `Sampler` has drawn; s holds the padded spikes. In hybrid mode, the mean of two."""
     around = torch.cat(drawn)[:, None] + torch.arange(model.field)  # (3 N, field), or (4 N, field)
     windows = s.index_select(0, around.flatten().to(s.device)).view(*around.shape, -1)
     z, negatives, *positives = model(windows).squeeze(1).chunk(len(drawn))  # (N, d) each
     tau = model.temperature
     if backend == "naive":
-        each = [info_nce(z, positive, negatives, tau, config.similarity) for positive in positives]
-    else:
-        lse = kernels.cosine_logsumexp(z, negatives, temperature=tau, backend=backend)  # without the N x N matrix
+        each = [info_nce(z, positive, negatives, tau, model.sphere) for positive in positives]
+    else:  # without the N x N matrix
+        lse = common.kernels.cosine_logsumexp(z, negatives, temperature=tau, backend=backend)
         each = [(lse - (z * positive).sum(1) / tau).mean() for positive in positives]
     return sum(each) / len(each)
 
 
+def backend_of(config: Config, device: torch.device) -> str:
+    """What computes the loss: "naive" is `info_nce` of this file, and another name is a backend of kernels/."""
+    asked = config.loss_backend
+    if asked == "naive" or config.similarity == "euclidean" or (asked == "auto" and common.kernels is None):
+        return "naive"
+    ensure(common.kernels, f"--loss-backend {asked}: the folder kernels/ is not beside common.py; give naive")
+    with explain(f"--loss-backend {asked}", "give auto"):
+        return common.kernels.resolve_backend(asked, config.batch_size, config.batch_size, device, torch.float32)
+
+
 def train(config: Config, data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data`, a dictionary of arrays; write to `config.out`, return the final metrics."""
-    ensure(not common.several(), "cebra.py runs as one process; start it without torchrun")
-    floor = config.learn_temperature or "min_temperature" not in config.given
-    ensure(floor, "--min-temperature: needs --learn-temperature; else leave it out")
-    device, n, out = common.pick_device(config.device), config.batch_size, Path(config.out)
-    recording = load(config.data if data is None else data)
-    config.data = config.data if data is None else "arrays"
-    first, _, last = parts = recording.split()
-    samples, neurons = first.spikes.shape
-    torch.manual_seed(config.seed)
-    sampler, model = Sampler(config, first), CEBRA(config, neurons).to(device)
+    """Train on `config.data`, or on `data`, a dictionary of arrays. Returns the last metrics; "out" is the folder."""
+    ensure(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun: cebra.py runs as one process; give python cebra.py")
+    config = dataclasses.replace(config, data=config.data if data is None else "arrays")
+    device, recording = common.pick_device(config.device), load(config.data if data is None else data)
+    first, n = recording.split()[0], config.batch_size
+    torch.manual_seed(seed_of(config.seed))
+    sampler, model = Sampler(config, first), CEBRA(config, first.spikes.shape[1]).to(device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
-    backend = "naive" if config.similarity == "euclidean" else common.loss_backend(kernels, config, n, n, device)
-    steps, size, chance, rows = max(1, samples // n), sum(p.numel() for p in model.parameters()), math.log(n), []
-    about = {
-        "data": f"{config.data}: {recording.describe()}; the first {samples:,} samples train",
-        "steps": f"{steps:,} of batch {n} an epoch, {steps * config.epochs:,} in all",
-        "network": f"{config.encoder}, {size:,} parameters, z {config.embedding_dim}-d",
-        "device": common.name_of(device),
-        "optimizer": f"adam, lr {config.lr:g} (constant, not scaled by N)",
-        "loss": f"info_nce, {backend}; mean over N = {n} times; of a guess log N = {chance:.3f}",
-    }
-    with common.make(out):
-        common.keep_aside(out)
-        for name in ("embedding.npz", "embedding.png"):  # of that run
-            (out / name).unlink(missing_ok=True)
-        common.say(config, about)
-        if n > samples:
-            print(f"note: --batch-size {n}: there are {samples} samples, so that times come more than once in a step")
-        s = pad(first.spikes.to(device), model.field)
-        for epoch in range(1, config.epochs + 1):
-            started, total = time.monotonic(), torch.zeros((), device=device)
-            for _ in range(steps):
-                loss = loss_of(model, s, sampler.draw(n), config, backend)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.detach()
-            mean, tau = total.item() / steps, model.temperature.item()
-            rows.append([epoch, mean, (chance - mean) / math.log(2), tau, steps * n / (time.monotonic() - started)])
-            if epoch % max(1, config.epochs // 10) == 0 or not math.isfinite(mean):
-                save(config, model, rows)
-                told = f"{rows[-1][-1]:,.0f} samples/s  loss {mean:.4f}  tau {tau:.3f}"
-                print(f"epoch {epoch:3d}/{config.epochs}  {told}", flush=True)
-        save(config, model, rows)
+    backend, steps, guess = backend_of(config, device), max(1, len(first.spikes) // n), math.log(n)
+    flags = [f"{common.dashed(k)} {v}" for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k)]
+    config.out, rows = str(common.new_folder(config.out)), []
+    save(config, model, rows)
 
-        metrics = {"loss": rows[-1][1], "goodness of fit": rows[-1][2]} if rows else {}
-        try:
-            sampler, s = Sampler(config, last), pad(last.spikes.to(device), model.field)
-            with torch.no_grad():
-                mean = sum(loss_of(model, s, sampler.draw(n), config, backend).item() for _ in range(50)) / 50
-            metrics["goodness of fit, held out"] = (chance - mean) / math.log(2)
-        except InputError as error:  # of one label only, or short
-            print(f"note: no goodness of fit on the last {len(last.spikes)} samples: {error}")
-        for name in [name for name in metrics if name != "loss"]:
-            print(f"{name}: {metrics[name]:.2f} bits (log2 N - loss)")
-        metrics |= compare([model.embed(part.spikes).cpu() for part in parts], parts, model.field)
-        z = model.embed(recording.spikes).cpu()
-        common.save_whole(recording.archive(z), out / "embedding.npz")
-        picture(z, recording, out / "embedding.png")
-        print(f"{out}: checkpoint.pt, embedding.npz, log.csv, ...")
-    return metrics
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{config.out}: cebra by the paper's recipe, but {' '.join(flags) or 'nothing'}")
+    print(f"data      {config.data}: {recording.describe()}; the first {len(first.spikes):,} samples train")
+    print(f"steps     {steps:,} of batch {n} an epoch, {steps * config.epochs:,} in all, on {device}")
+    print(f"network   {config.encoder}, {size:,} parameters, z {config.embedding_dim}-d; Adam, lr {config.lr:g}")
+    print(f"loss      info_nce, {backend}; of a guess log N = {guess:.3f}", flush=True)
+    s = pad(first.spikes.to(device), model.field)
+    for epoch in range(1, config.epochs + 1):
+        started, total = time.monotonic(), torch.zeros((), device=device)
+        for step in range((epoch - 1) * steps, epoch * steps):
+            torch.manual_seed(seed_of(config.seed, step))
+            loss = loss_of(model, s, sampler.draw(n), backend)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        mean, tau, speed = total.item() / steps, model.temperature.item(), steps * n / (time.monotonic() - started)
+        rows.append((epoch, mean, (guess - mean) / math.log(2), tau, speed))
+        if epoch % max(1, config.epochs // 10) == 0 or epoch == config.epochs or not math.isfinite(mean):
+            save(config, model, rows)
+            told = f"epoch {epoch:3d}/{config.epochs}  {speed:,.0f} samples/s  loss {mean:.4f}  tau {tau:.3f}"
+            print(told, flush=True)
+    return finish(config, recording, model, backend, rows)
 
 
-def save(config: Config, model: CEBRA, rows: list[list[float]]) -> None:
-    """checkpoint.pt, for `common.load_run`; config.json; log.csv. Refuses what is not finite."""
+def save(config: Config, model: CEBRA, rows: list[tuple]) -> None:
+    """Write checkpoint.pt for `common.load_run`, config.json and log.csv. What is not finite raises `RunFailure`."""
     out, weights = Path(config.out), model.state_dict()
-    if not all(math.isfinite(row[1]) for row in rows) or not all(torch.isfinite(x).all() for x in weights.values()):
-        kept = f"the last good one is kept in {out}" if (out / "checkpoint.pt").exists() else "none was written yet"
-        raise common.RunFailure(f"not finite in epoch {len(rows)}; --lr is likely too high; checkpoint: {kept}")
-    saved = {"method": "cebra", "config": dataclasses.asdict(config), "inputs": [model.neurons], "progress": rows}
-    saved |= {"parts": {"model": ("CEBRA", weights)}, "rng": torch.get_rng_state()}
-    common.save_whole(saved, out / "checkpoint.pt")
-    told = {"method": "cebra", "preset": config.recipe, "given": sorted(config.given)} | saved["config"]
-    common.save_whole(json.dumps(told, indent=1) + "\n", out / "config.json")
+    if not all(math.isfinite(row[1]) for row in rows) or not all(x.isfinite().all() for x in weights.values()):
+        kept = f"give a smaller --lr; {out} keeps the last good checkpoint"
+        raise common.RunFailure(f"epoch {len(rows)}: the loss or a weight is not finite; {kept}")
+    about = {"method": "cebra", "config": dataclasses.asdict(config), "span": None, "inputs": [model.neurons]}
+    common.save_whole(about | {"parts": {"model": ("CEBRA", weights)}, "rows": rows}, out / "checkpoint.pt")
+    common.save_whole(json.dumps({"method": "cebra"} | about["config"], indent=1) + "\n", out / "config.json")
     columns = "epoch,loss,goodness_of_fit,temperature,samples_per_second\n"
     common.save_whole(columns + "".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in rows), out / "log.csv")
+
+
+def finish(config: Config, recording: Recording, model: CEBRA, backend: str, rows: list[tuple]) -> dict[str, Any]:
+    """Measure the loss and the decoding on the samples held out; write embedding.npz and embedding.png."""
+    n, out, parts, guess = config.batch_size, Path(config.out), recording.split(), math.log(config.batch_size)
+    last, metrics = parts[2], {"loss": rows[-1][1], "goodness of fit": rows[-1][2]} if rows else {}
+    try:
+        sampler, s = Sampler(config, last), pad(last.spikes.to(model.log_scale.device), model.field)
+        with torch.no_grad():
+            mean = sum(loss_of(model, s, sampler.draw(n), backend).item() for _ in range(50)) / 50
+        metrics["goodness of fit, held out"] = (guess - mean) / math.log(2)
+    except InputError as error:  # the last samples may be too few, or have one label only
+        print(f"note: no goodness of fit on the last {len(last.spikes)} samples: {error}")
+    fits = {name: value for name, value in metrics.items() if name != "loss"}
+    for name, value in fits.items():
+        print(f"{name}: {value:.2f} bits (log2 N - loss)")
+    if rows and min(fits.values()) <= 0:
+        print(f"warning: {min(fits.values()):.2f} bits is no better than a guess, whose loss is log N = {guess:.3f}")
+    metrics |= compare([model.embed(part.spikes).cpu() for part in parts], parts, model.field)
+    z = model.embed(recording.spikes).cpu()
+    common.save_whole(recording.archive(z), out / "embedding.npz")
+    picture(z, recording, out / "embedding.png")
+    print(f"{out}: checkpoint.pt, embedding.npz, log.csv, ...", flush=True)
+    return metrics | {"out": config.out}
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 Tian, Understanding Deep Contrastive Learning via Coordinate-wise Optimization, NeurIPS 2022,
 https://arxiv.org/abs/2201.12680
 
-Two views of each of N images are drawn, as SimCLR does. With d = |z - z'|^2 / 2, for unit vectors 1 - cos, d_i+ the
-distance of a view i to the other view of its image and d_ij- that to a view j of another image:
+Two views of each of N images are drawn, as in SimCLR. The distance of two views is d = |z - z'|^2 / 2, which for unit
+vectors is 1 minus their cosine. A view i has the distance d_i+ to the other view of its image, and d_ij- to a view j of
+another image:
 
     L = mean over i of phi( sum over j of psi( d_i+ - d_ij- ) )       phi, psi increasing
 
-Its gradient is that of mean over i of sum over j of alpha_ij (d_i+ - d_ij-), with the weights alpha_ij = phi'(...)
-psi'(...) held fixed: a loss is how much each negative counts. For unit vectors d_i+ - d_ij- is between -2 and 2; else
-it has no bound, and --no-normalize shows what becomes of a loss whose pull on d_ij- does not end.
+Its gradient is that of mean over i of sum over j of alpha_ij (d_i+ - d_ij-), where the weights alpha_ij = phi'(...)
+psi'(...) are held fixed: a loss says how much each negative counts. For unit vectors d_i+ - d_ij- is between -2 and 2.
+For other vectors it has no bound, and --no-normalize shows what becomes of a loss whose pull on d_ij- does not end.
 
     --loss            phi(x)                 psi(x)                    paper
     infonce           tau log(epsilon + x)   exp(x / tau)              van den Oord et al. 2018
@@ -22,7 +23,7 @@ it has no bound, and --no-normalize shows what becomes of a loss whose pull on d
     sigmoid-triplet   x                      sigmoid(c x)              Coria et al. 2020
     linear            x                      x                         Ji et al. 2021
 
-    outside the family, as they do not compare d_i+ with d_ij-:
+    three losses are outside the family, since they do not compare d_i+ with d_ij-:
     margin            d_i+ + mean over j of max(0, m - |z_i - z_j|)^2 / 2      Hadsell, Chopra, LeCun 2006
     hinge             d_i+ + mean over j of max(0, m - d_ij-)                  the same, of d
     nce               positive or not, by logistic regression                 Gutmann, Hyvarinen 2010, 2012
@@ -33,9 +34,10 @@ it has no bound, and --no-normalize shows what becomes of a loss whose pull on d
     j                 distances                                   --negatives, --normalize
 
     python pairwise.py --loss triplet                      the demo: embedded data, two CPU cores
-    python pairwise.py --data /my/photos --backbone resnet18 --loss nce
+    python pairwise.py --data /my/photos                   your own pictures
 
-The demo ends at a kNN of 0.729 to 0.780, raw pixels at 0.690 (three seeds, EPYC); of linear at 0.397 to 0.442.
+The demo ends at a kNN of 0.729 to 0.780, with --loss linear of 0.397 to 0.442; raw pixels reach 0.690 (three seeds;
+an EPYC with AVX2).
 """
 
 import inspect
@@ -48,15 +50,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import RunConfig, cosine_lr, set_lr
-from images import color_jitter, flip, grey, normalize, sometimes
+from common import RunConfig, cosine_lr, gather, set_lr
+from images import color_jitter, ensure, flip, grey, normalize, sometimes
 
 
 def distances(z1: Tensor, z2: Tensor, labels: Tensor | None = None, unit: bool = True) -> tuple[Tensor, Tensor]:
     """d_i+ (M, 1) and d_ij- (M, 2N) of the views z1, z2 (N, d), infinite where j is no negative of i.
 
-    Negatives are the views of another label (N,), by default of any other image. The M anchors are those of the 2N
-    views that have any. `unit`: z is brought to length 1.
+    Negatives are the views of another label (N,), by default of any other image. The M anchors are the views among the
+    2N that have a negative. `unit`: z is brought to length 1.
     """
     z = torch.cat([z1, z2])  # (2N, d)
     z = F.normalize(z, dim=1) if unit else z
@@ -68,18 +70,17 @@ def distances(z1: Tensor, z2: Tensor, labels: Tensor | None = None, unit: bool =
     return d_pos[anchors], d.masked_fill(~negative, math.inf)[anchors]
 
 
-# Each loss is a mean over M anchors, of d_pos (M, 1) and d_neg (M, n), infinite where there is no negative: those of
-# `distances`, or drawn in another way.
+# Each loss is a mean over the M anchors. d_neg may hold fewer or other negatives than those of `distances`.
 
 
 def mean(each: Tensor, d_neg: Tensor | None = None) -> Tensor:
-    """Over the anchors; of a value for each of `d_neg`, first over the negatives of an anchor."""
+    """Over the anchors. Where `each` is (M, n), a value for each of d_neg, first over an anchor's negatives."""
     each = each if d_neg is None else each.sum(1) / d_neg.isfinite().sum(1)
     return each.sum() / max(1, len(each))
 
 
 def log_sum(x: Tensor, epsilon: float = 0.0) -> Tensor:
-    """log(epsilon + sum over j of exp x_ij), (M,), of x (M, n); shifted by the largest, so that none overflows."""
+    """log(epsilon + sum over j of exp x_ij), (M,), of x (M, n). A shift by the largest x_ij prevents an overflow."""
     first = x.new_full((len(x), 1), math.log(epsilon) if epsilon else -math.inf)
     return torch.cat([first, x], 1).logsumexp(1)
 
@@ -90,7 +91,7 @@ def info_nce(d_pos: Tensor, d_neg: Tensor, temperature: float = 0.1, epsilon: fl
 
 
 def triplet(d_pos: Tensor, d_neg: Tensor, margin: float = 1.0) -> Tensor:
-    """Sum over all negatives of max(d+ - d- + m, 0): FaceNet's, of d in place of 2 d."""
+    """Sum over all negatives of max(d+ - d- + m, 0): FaceNet's loss, whose distance is 2 d."""
     return mean((d_pos - d_neg + margin).clamp(min=0).sum(1))
 
 
@@ -100,20 +101,20 @@ def n_pair(d_pos: Tensor, d_neg: Tensor) -> Tensor:
 
 
 def pair_loss(d_pos: Tensor, d_neg: Tensor, margin: float = 1.0) -> Tensor:
-    """D^2 / 2 of a positive pair and max(0, m - D)^2 / 2 of a negative one, with D = |z - z'|, as many of either."""
+    """D^2 / 2 of a positive pair and max(0, m - D)^2 / 2 of a negative one, D = |z - z'|; both kinds weigh the same."""
     distance = (2 * d_neg).clamp(min=1e-12).sqrt()
     return mean(d_pos) + mean((margin - distance).clamp(min=0).square() / 2, d_neg)
 
 
 def nce(d_pos: Tensor, d_neg: Tensor, temperature: float = 0.1) -> Tensor:
-    """Logistic regression of the positive against K negatives by s - log K, with the score s = (1 - d) / tau, of unit
+    """Logistic regression of the positive against K negatives by s - log K. The score is s = (1 - d) / tau, for unit
     vectors the cosine over tau. The best s is the log density ratio."""
     log_k = d_neg.isfinite().sum(1, keepdim=True).to(d_neg).log()
     positive, negative = (1 - d_pos) / temperature - log_k, (1 - d_neg) / temperature - log_k
     return mean(F.softplus(-positive).squeeze(1) + F.softplus(negative).sum(1))
 
 
-LOSSES = {  # the table above; a loss takes those of the flags that it names
+LOSSES = {  # the table above; the arguments after d_neg are flags
     "infonce": info_nce,
     "mine": lambda d_pos, d_neg: mean(log_sum(d_pos - d_neg)),
     "triplet": triplet,
@@ -129,29 +130,32 @@ LOSSES = {  # the table above; a loss takes those of the flags that it names
     "nce": nce,
 }
 CONSTANTS = {name: list(inspect.signature(loss).parameters)[2:] for name, loss in LOSSES.items()}
+ALL_CONSTANTS = ("temperature", "epsilon", "margin", "slope")
 
-
-CIFAR = {"data": "cifar10", "image_size": 32, "backbone": "resnet18", "stem": "cifar", "temperature": 0.5}
-DEMO = {  # ours: the shapes set at 16 pixels, for many short runs on two CPU cores
-    **{"data": "shapes", "image_size": 16, "backbone": "resnet8", "epochs": 5, "batch_size": 128, "lr": 0.01},
-    **{"warmup_epochs": 1.0, "temperature": 0.2, "projection_dim": 64, "crop_min_scale": 0.35},
-}
+CIFAR = dict(data="cifar10", image_size=32, backbone="resnet18", stem="cifar", temperature=0.5)
+PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+    image_size=128, backbone="resnet18", epochs=100, batch_size=128, temperature=0.2,
+)  # fmt: skip
+DEMO = dict(  # ours: the shapes set at 16 pixels, for many short runs on two CPU cores
+    data="shapes", image_size=16, backbone="resnet8", epochs=5, batch_size=128, lr=0.01, warmup_epochs=1.0,
+    temperature=0.2, projection_dim=64, crop_min_scale=0.35,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    """Which loss, and its constants. No paper has one recipe for all of them: the rest is ours, like SimCLR's."""
+    """Which loss, and its constants. No paper has one recipe for all losses: the rest is ours, like SimCLR's."""
 
-    PRESETS = {"paper": {}, "cifar": CIFAR, "demo": DEMO}
+    PRESETS = {"paper": {}, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
     loss: Literal[*LOSSES] = "infonce"  # phi and psi; the table at the top of pairwise.py has them
     negatives: Literal["batch", "other-class"] = "batch"  # views of other images, or only those of another label
-    normalize: bool = True  # z of length 1; else of any, and temperatures and margins are on its scale
+    normalize: bool = True  # z of length 1; or of any length, and temperatures and margins are on its scale
     temperature: float = 0.1  # tau of infonce, soft-triplet and nce (SimCLR, section 4.1)
-    epsilon: float = 1.0  # of infonce: 1, the positive is in the denominator (SimCLR, MoCo); 0, it is not
+    epsilon: float = 1.0  # infonce: 1, the positive is in the denominator (SimCLR, MoCo); 0, it is not
     margin: float = 1.0  # m of triplet, soft-triplet, lifted, margin and hinge (ours, of distances from 0 to 2)
     slope: float = 10.0  # c of sigmoid-triplet (ours)
-    lr: float = 1e-3  # of Adam (ours: it does not mind the size of a gradient, which every loss has another of)
+    lr: float = 1e-3  # of Adam (ours: Adam does not mind that the losses differ in the size of their gradients)
     projection_dim: int = 128  # d, width of z
     crop_min_scale: float = 0.2  # least area of a crop; the most is 1
     jitter_strength: float = 0.5  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s
@@ -159,12 +163,16 @@ class Config(RunConfig):
 
     def check(self) -> None:
         super().check()
-        common.ensure(self.batch_size > 1, "--batch-size 1: there are no negatives; give 2 or more")
-        common.ensure(self.jitter_strength <= 2.5, "--jitter-strength: at most 2.5, half a circle of hue")
+        self.need("batch_size > 1", "lr > 0", "temperature > 0", "projection_dim > 0", "0 < crop_min_scale <= 1")
+        self.need("jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
+        for name in ALL_CONSTANTS:
+            recipes = {preset.get(name, getattr(Config, name)) for preset in self.PRESETS.values()}
+            used = name in CONSTANTS[self.loss] or getattr(self, name) in recipes  # a preset's value was not asked for
+            ensure(used, f"{common.dashed(name)}: --loss {self.loss} does not use it; leave it out")
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """SimCLR's (appendix A) without its blur, a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
+    """SimCLR's (appendix A) without the blur, a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
     s = config.jitter_strength
     x = sometimes(x, 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
@@ -175,7 +183,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
 class Pairwise(nn.Module):
     """f and g. `model(x1, x2)` is z of both views, `model.backbone(x)` is h, `model.embed(x)` is g(h).
 
-    Unlike SimCLR's, g ends without a BN, so that the length of z is free.
+    Unlike SimCLR's g, this one ends without a BN, so that the length of z is free.
     """
 
     def __init__(self, config: Config) -> None:
@@ -193,42 +201,34 @@ class Pairwise(nn.Module):
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
-    constants = {name: getattr(config, name) for name in CONSTANTS[config.loss]}
-    for name in config.given & set().union(*CONSTANTS.values()):
-        common.ensure(name in constants, f"{common.dashed(name)}: --loss {config.loss} has none; leave it out")
-    device, data = common.start(config, data)
-    labels = torch.arange(len(data.train))  # all other images are negatives
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    run = common.Run(config, data)
+    labels = torch.arange(len(run.data.train))  # all other images are negatives
     if config.negatives == "other-class":  # an image without a label is a class of its own
-        labels = torch.where(data.train.labels < 0, -2 - labels, data.train.labels)
-        words = f"--negatives other-class: --data {data.name} has no two classes; take batch"
-        common.ensure(len(data.train.labels.unique()) > 1, words)
-    model = Pairwise(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)
+        labels = torch.where(run.data.train.labels < 0, -2 - labels, run.data.train.labels)
+        words = f"--negatives other-class: --data {run.data.name} has no two classes; give batch"
+        ensure(len(run.data.train.labels.unique()) > 1, words)
+    model = Pairwise(config).to(run.device, memory_format=torch.channels_last)
+    constants = {name: getattr(config, name) for name in CONSTANTS[config.loss]}
     optimizer = torch.optim.Adam(common.parameter_groups(model, config.weight_decay), lr=config.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
-    said = "".join(f", {name} {value:g}" for name, value in constants.items())
-    run.header(
-        optimizer=f"adam, peak lr {config.lr:g} (not scaled by N)",
-        loss=f"{config.loss}{said}; mean over 2N = {2 * config.batch_size} anchors, negatives: {config.negatives}",
-    )
+    softmax = config.loss == "infonce" and config.epsilon == 1 and config.negatives == "batch"
+    guess = config.temperature * math.log(2 * config.batch_size - 1) if softmax else 0
+    note = ", ".join([config.loss, *(f"{name} {value:g}" for name, value in constants.items())])
+    note += f"; negatives: {config.negatives}"
+    network = run.begin(model, optimizer=optimizer, guess=guess, note=note)
 
-    for _ in run.epochs():
-        for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
-            x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
-            set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
+    for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
+        x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
+        set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
 
-            z1, z2 = network(x1, x2)  # (N, d) each
-            every = [common.gather(t) for t in (z1.float(), z2.float(), labels[index].to(device))]  # all processes'
-            loss = LOSSES[config.loss](*distances(*every, config.normalize), **constants)
+        z1, z2 = network(x1, x2)  # (N, d) each
+        every = [gather(x) for x in (z1.float(), z2.float(), labels[index].to(run.device))]  # of all processes
+        loss = LOSSES[config.loss](*distances(*every, config.normalize), **constants)
 
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            run.log(loss, z1, x1, x2)
-        run.end_epoch()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss, z1, x1, x2)
     return run.finish()
 
 

@@ -1,6 +1,6 @@
-"""Recordings of neurons in time, with behaviour: what cebra.py trains on, and how well an embedding tells behaviour.
+"""Recordings of neurons over time, with behaviour: what cebra.py trains on, and how well its z tells behaviour.
 
-Sections: data | what an embedding tells. Copy it along with cebra.py, common.py and images.py.
+Sections: data | decoding. cebra.py needs this file beside it, and this file needs images.py.
 """
 
 import io
@@ -13,33 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import InputError, ensure
+from images import InputError, ensure
 
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-READ = ("spikes", "behavior", "labels")  # of a file
+READ = ("spikes", "behavior", "labels")  # the arrays that are read from a file or a dictionary
 
 
 class Recording(NamedTuple):
-    """T samples at equal steps: spikes (T, n) float32; behavior (T, k) float64, or None; labels (T,), or None, as rows
-    of `values`, the labels that there are."""
+    """T samples at equal steps of time. A label is the index of its name in `values`."""
 
-    spikes: Tensor
-    behavior: Tensor | None = None
-    labels: Tensor | None = None
-    values: np.ndarray | None = None
+    spikes: Tensor  # (T, n) float32
+    behavior: Tensor | None = None  # (T, k) float64
+    labels: Tensor | None = None  # (T,) int64
+    values: np.ndarray | None = None  # the labels' names, numbers or words
 
     def at(self, samples: slice) -> "Recording":
         return Recording(*(x if x is None else x[samples] for x in self[:3]), self.values)
 
     def split(self) -> tuple["Recording", "Recording", "Recording"]:
-        """The first 0.8 to train on, the next 0.1 to choose by, the last 0.1 to report on."""
+        """The first 0.8 train, the next 0.1 choose the k of the kNN, and the last 0.1 are held out."""
         a, b = int(0.8 * len(self.spikes)), int(0.9 * len(self.spikes))
         return self.at(slice(a)), self.at(slice(a, b)), self.at(slice(b, None))
 
     def archive(self, z: Tensor) -> bytes:
-        """An .npz of z (T, d), behavior and labels, as they were given."""
+        """An .npz file of z (T, d), with behavior and labels as they were given."""
         labels = None if self.labels is None else self.values[self.labels]
         known, file = {"z": z, "behavior": self.behavior, "labels": labels}, io.BytesIO()
         np.savez(file, **{name: np.asarray(x) for name, x in known.items() if x is not None})
@@ -51,14 +50,14 @@ class Recording(NamedTuple):
 
 
 def make_track(seconds: float = 600, neurons: int = 120, rate: int = 40, seed: int = 0) -> dict[str, np.ndarray]:
-    """A rat that runs to and fro on a track of 1.6 m: spikes a sample, its position in metres, its direction as label.
+    """A rat that runs to and fro on a track of 1.6 m. behavior is its position in metres, and a label is its direction.
 
-    Place cells: a Gaussian of the position times a gain of the direction; their peaks are lognormal, as rates in the
-    hippocampus are (Mizuseki, Buzsaki 2013); spikes are Poisson. `rate`: samples a second.
+    The neurons are place cells, whose rate is a Gaussian of the position times a gain of the direction. Peak rates are
+    lognormal, as in the hippocampus (Mizuseki, Buzsaki 2013). Spikes are Poisson counts. `rate`: samples a second.
     """
     draw, runs, samples = np.random.default_rng(seed), [], int(seconds * rate)
     while sum(map(len, runs)) < samples:
-        steps = int(1.6 / draw.uniform(0.25, 0.6) * rate)  # of a mean speed in m/s
+        steps = int(1.6 / draw.uniform(0.25, 0.6) * rate)  # a run's mean speed is 0.25 to 0.6 m/s
         way, back = 0.8 - 0.8 * np.cos(np.pi * np.arange(steps) / steps), len(runs) % 2
         runs.append(np.stack([1.6 - way if back else way, np.full(steps, back)], 1))
     position, direction = np.concatenate(runs)[:samples].T
@@ -71,35 +70,36 @@ def make_track(seconds: float = 600, neurons: int = 120, rate: int = 40, seed: i
 
 
 def load(data: str | dict[str, Any]) -> Recording:
-    """`track`, an .npz file, or a dictionary of arrays. Raises `InputError` for what is no recording."""
+    """`track`, an .npz file, or a dictionary of arrays. Raises `InputError` for anything that is no recording."""
     name, given = f"--data {data}", make_track() if data == "track" else data
     if isinstance(data, dict):
         name = "data"
     elif data != "track":
         try:
             given = dict(np.load(data, allow_pickle=False))
-        except FileNotFoundError:
-            raise InputError(f"{name}: no such file; give track, or an .npz with spikes (T, n)") from None
-        except Exception:  # of many kinds for what is no .npz
-            raise InputError(f"{name}: no whole .npz of arrays; write it by np.savez(file, spikes=...)") from None
-    ensure("spikes" in given, f"{name}: has no spikes (T, n), but {', '.join(given) or 'nothing'}")
+        except Exception as error:  # NumPy raises many kinds
+            why = getattr(error, "strerror", None) or "no .npz file of arrays, or a damaged one"
+            raise InputError(f"{name}: {why}; give track, or a file that np.savez(file, spikes=...) wrote") from None
+    ensure("spikes" in given, f"{name}: has {', '.join(given) or 'nothing'}, but no spikes; give spikes (T, n)")
     if rest := sorted(given.keys() - set(READ)):
-        print(f"note: {name}: {', '.join(rest)} left out; read are {', '.join(READ)}")
+        print(f"note: {name}: {', '.join(rest)} left out; only {', '.join(READ)} are read")
     found = {}
-    for key, shape, kinds in zip(READ, ("(T, n)", "(T, k)", "(T,)"), ("biuf", "biuf", "biufUS"), strict=True):
+    for key, shape in zip(READ, ("(T, n)", "(T, k)", "(T,)"), strict=True):
         if given.get(key) is None:
             continue
         try:
             x = np.asarray(given[key])
-        except (ValueError, TypeError) as error:  # rows of several lengths, a tensor on a GPU
+            x = x.astype(str) if x.dtype == object and {*map(type, x.flat)} == {str} else x  # pandas has words so
+        except (ValueError, TypeError) as error:  # rows of several lengths, or a tensor on a GPU
             raise InputError(f"{name}: {key} is no array {shape} ({error})") from None
         x = x[:, None] if key == "behavior" and x.ndim == 1 else x
-        fits = x.ndim == (1 if key == "labels" else 2) and x.size and len(x) == len(found.get("spikes", x))
+        fits = x.ndim == len(shape.split(", ")) and x.size and len(x) == len(found.get("spikes", x))
         ensure(fits, f"{name}: {key} must be {shape}, with the T of spikes, got {x.shape}")
-        what = "numbers" if kinds == "biuf" else "numbers or words"
+        kinds, what = ("biufUS", "numbers or words") if key == "labels" else ("biuf", "numbers")
         ensure(x.dtype.kind in kinds, f"{name}: {key} must be {what}, got {x.dtype}")
         x = x.astype({"spikes": np.float32, "behavior": np.float64}.get(key, x.dtype))
-        ensure(x.dtype.kind != "f" or np.isfinite(x).all(), f"{name}: {key} has values that are not finite; drop them")
+        finite = not np.ma.is_masked(given[key]) and (x.dtype.kind != "f" or np.isfinite(x).all())
+        ensure(finite, f"{name}: {key} has values that are masked or not finite; drop their samples")
         found[key] = x
     samples = len(found["spikes"])
     ensure(samples >= 200, f"{name}: only {samples} samples; give 200 or more")
@@ -110,19 +110,19 @@ def load(data: str | dict[str, Any]) -> Recording:
     return Recording(**{key: x if key == "values" else torch.from_numpy(x) for key, x in found.items()})
 
 
-# -------------------------------------------------------------------------------------- what an embedding tells
+# ---------------------------------------------------------------------------------------------------------- decoding
 
 
 def pad(spikes: Tensor, field: int) -> Tensor:
-    """(T + field - 1, n) of spikes (T, n), both ends repeated: what is around t is rows t to t + field - 1."""
+    """(T + field - 1, n) of spikes (T, n): rows t to t + field - 1 are around time t. The first and last row repeat."""
     return torch.cat([spikes[:1].expand(field // 2, -1), spikes, spikes[-1:].expand((field - 1) // 2, -1)])
 
 
 def compare(z: list[Tensor], parts: tuple[Recording, ...], field: int) -> dict[str, float]:
-    """`decode` of z, (T, d) for each part of a recording, beside PCA of d components, the spikes and a guess.
+    """`decode` from z, from PCA of as many dimensions, from the spikes and from a guess; z has (T, d) for each part.
 
-    It is printed, and returned as "median error of z, 3-d" and the like. PCA and spikes are of one sample, and of the
-    sum of as many samples as f sees (`field`).
+    The table is printed, and returned under names such as "median error of z, 3-d". PCA and spikes are taken from one
+    sample, and from the sum of as many samples as the encoder sees (`field`).
     """
     d = z[0].shape[1]
     table = {f"z, {d}-d": z}
@@ -144,12 +144,12 @@ def compare(z: list[Tensor], parts: tuple[Recording, ...], field: int) -> dict[s
 
 
 def decode(z: list[Tensor], parts: Sequence[Recording]) -> dict[str, float]:
-    """kNN from z (T, d) of the first part: median absolute error and R2 of behavior, accuracy of labels, in the last.
+    """kNN from z: the first part's samples (T, d) are the neighbours, and the last part is decoded.
 
-    k is the square of a whole number that does best in the middle part. Of behavior, means over its columns; R2 over
-    those that change in the last part.
+    Returns the median absolute error and R2 of behavior, and the accuracy of labels. The middle part chooses k among
+    squares. Figures of behavior are means over its columns; R2 leaves out columns that do not change in the last part.
     """
-    (bank, *queries), centre = z, z[0].mean(0)  # distances of what is far from 0 would cancel
+    (bank, *queries), centre = z, z[0].mean(0)  # far from 0, distances would lose their digits
     ks, (_, behavior, labels, _), errors, right = [k * k for k in range(1, 21) if k * k <= len(bank)], parts[0], [], []
     for part, q in zip(parts[1:], queries, strict=True):
         for rows in torch.arange(len(q)).split(256):
@@ -173,8 +173,8 @@ def decode(z: list[Tensor], parts: Sequence[Recording]) -> dict[str, float]:
 
 
 def picture(z: Tensor, recording: Recording, path: Path) -> None:
-    """The first three dimensions of z (T, d), from two sides, coloured by the first column of behavior or by time; up
-    to four labels have a colour map each."""
+    """Draw the first three dimensions of z (T, d) from two sides. Colour is the first column of behavior, or time; each
+    of up to four labels has a colour map of its own."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

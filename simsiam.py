@@ -2,15 +2,15 @@
 
 Chen, He, CVPR 2021, https://arxiv.org/abs/2011.10566
 
-Two views of each image are drawn. A predictor has to say from one view's output what the other's is, and no gradient
-flows through the other. There are no negatives, no momentum encoder and no large batch; without the stop-gradient
-all outputs collapse to one:
+Two views of each image are drawn. A predictor has to say from one view's output what the other view's output is, and no
+gradient flows through the other view. There are no negatives, no momentum encoder and no large batch. Without the
+stop-gradient all outputs collapse to one:
 
     z_i = f(x_i)    p_i = h(z_i)    f is the backbone and a projection MLP                            (section 3)
     D(p, z) = -(p / |p|) . (z / |z|)                                                                  (equation 1)
     L = 1/2 D(p_1, stopgrad(z_2)) + 1/2 D(p_2, stopgrad(z_1))      a mean over N images, -1 to 1      (equation 4)
 
-The projection MLP is thrown away: the backbone's output is the representation (the other files' h; not the predictor).
+Only the backbone is kept: its output, which the other files call h, is the representation. (Here h is the predictor.)
 
     paper                      here                                flag
     f                          model.backbone, .projector          --backbone, --projection-dim, --projector-layers
@@ -22,14 +22,14 @@ The projection MLP is thrown away: the backbone's output is the representation (
     symmetry (section 4.6)     train                               --no-symmetric
 
     python simsiam.py                                       the demo: embedded data, two CPU cores
-    python simsiam.py --data /my/photos --backbone resnet18 --batch-size 256
+    python simsiam.py --data /my/photos                     your own pictures
     python simsiam.py --no-stop-gradient                    the collapse of figure 2
 
-The demo ends at a kNN of 0.807 to 0.896, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
+The demo ends at a kNN of 0.807 to 0.896; raw pixels reach 0.726 (five seeds; an EPYC with AVX-512).
 
-Section 5's alternation and moving average are experiments: benchmarks/simsiam_section5.py. Unlike the authors' code,
-the learning rate moves at every step (theirs at every epoch), and the blur's kernel is a tenth of the side (theirs is
-Pillow's, which has no bound: at 32 pixels it blurs visibly more).
+Section 5's alternation and moving average are in benchmarks/simsiam_section5.py. This file differs from the authors'
+code in two points. The learning rate moves at every step, theirs at every epoch. The blur's kernel is a tenth of the
+side; theirs is Pillow's, which has no bound and at 32 pixels blurs visibly more.
 """
 
 from dataclasses import dataclass
@@ -42,28 +42,30 @@ from torch import Tensor, nn
 
 import common
 from common import RunConfig, cosine_lr, set_lr
-from images import color_jitter, flip, gaussian_blur, grey, normalize, sometimes
+from images import color_jitter, ensure, flip, gaussian_blur, grey, normalize, sometimes
 
-CIFAR = {  # appendix D
-    **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "stem": "cifar", "epochs": 800, "lr": 0.03},
-    **{"weight_decay": 5e-4, "projector_layers": 2, "blur": 0.0},
-}
-DEMO = {  # ours: learns the shapes set on two CPU cores in about two minutes
-    **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 8, "batch_size": 64, "lr": 0.4},
-    **{"warmup_epochs": 1.0, "hidden_dim": 256, "projection_dim": 256, "predictor_dim": 64},
-    **{"projector_layers": 2, "crop_min_scale": 0.35, "blur": 0.0},
-}
+CIFAR = dict(  # appendix D
+    data="cifar10", image_size=32, backbone="resnet18", stem="cifar", epochs=800, lr=0.03, weight_decay=5e-4,
+    projector_layers=2, blur=0.0,
+)  # fmt: skip
+PHOTOS = dict(  # ours: for your own pictures, from some hundred on; sgd without a warm-up, as in the paper
+    image_size=128, backbone="resnet18", epochs=100, batch_size=128, lr=0.1,
+)  # fmt: skip
+DEMO = dict(  # ours: learns the shapes set on two CPU cores in about two minutes
+    data="shapes", image_size=32, backbone="resnet8", epochs=8, batch_size=64, lr=0.4, warmup_epochs=1.0,
+    hidden_dim=256, projection_dim=256, predictor_dim=64, projector_layers=2, crop_min_scale=0.35, blur=0.0,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
     """SimSiam's flags. The defaults are the paper's ImageNet recipe; section and table numbers are the paper's."""
 
-    PRESETS = {"paper": {}, "cifar": CIFAR, "demo": DEMO}
+    PRESETS = {"paper": {}, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
-    stop_gradient: bool = True  # no gradient through the predicted view; without it all collapses (section 4.1)
+    stop_gradient: bool = True  # no gradient through the predicted view; without it outputs collapse (section 4.1)
     predictor: Literal["mlp", "none", "fixed"] = "mlp"  # h; none: p = z; fixed: at its random start (table 1)
-    predictor_lr: Literal["constant", "decayed"] = "constant"  # of h (table 1: 68.1; decayed like the rest: 67.7)
+    predictor_lr: Literal["constant", "decayed"] = "constant"  # of h (table 1: 68.1; decayed by the cosine: 67.7)
     predictor_dim: int = 512  # width of h's hidden layer (section 3)
     projection_dim: int = 2048  # d, width of z and p (section 3)
     hidden_dim: int = 2048  # width of the projector's hidden layers (section 3)
@@ -83,11 +85,11 @@ class Config(RunConfig):
 
     def check(self) -> None:
         super().check()
-        none = self.predictor == "none"
-        common.ensure(self.hidden_dim > 0, "--hidden-dim 0: must be above 0")
-        common.ensure(self.batch_size > 1, "--batch-size 1: BN has nothing to compare then; give 2 or more")
-        common.ensure(self.jitter_strength <= 5, "--jitter-strength: at most 5, where the hue turns by half a circle")
-        common.ensure(not (none and self.head_bn == "all"), "--head-bn all: there is no predictor; take default")
+        self.need("batch_size > 1", "lr > 0", "projector_layers > 0", "hidden_dim > 0", "projection_dim > 0")
+        self.need("predictor_dim > 0", "blur <= 1")
+        self.need("0 < crop_min_scale <= 1", "jitter_strength <= 5")  # at 5 the hue turns by half a circle
+        heads = self.predictor != "none" or self.head_bn != "all"
+        ensure(heads, "--head-bn all: --predictor none has no BN on p; give --head-bn default")
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
@@ -101,14 +103,14 @@ def augment(x: Tensor, config: Config) -> Tensor:
 
 
 def layer(inputs: int, outputs: int, bn: bool, relu: bool = True, affine: bool = True) -> list[nn.Module]:
-    """A Linear layer with what follows it. Before a BN a bias would be without effect, so there is none."""
+    """A Linear layer and the BN and ReLU behind it. Before a BN a bias would have no effect, so it has none."""
     parts = [nn.Linear(inputs, outputs, bias=not bn)]
     parts += [nn.BatchNorm1d(outputs, affine=affine)] if bn else []
     return parts + ([nn.ReLU(inplace=True)] if relu else [])
 
 
 class SimSiam(nn.Module):
-    """f and h. `model(x1, x2)` is p1, p2, z1, z2, `model.backbone(x)` is kept, `model.embed(x)` is z.
+    """f and h. `model(x1, x2)` is p1, p2, z1, z2, (N, d) each. `model.backbone(x)` is kept, `model.embed(x)` is z.
 
     The last BN of the projector has no scale and shift (the authors' code).
     """
@@ -144,7 +146,7 @@ def negative_cosine(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
 
 
 def softmax_cross_entropy(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
-    """D(p, stopgrad(z)) = -softmax(z) . log softmax(p), over d pseudo-categories; else as `negative_cosine` (4.5)."""
+    """D(p, stopgrad(z)) = -softmax(z) . log softmax(p), over d pseudo-categories, the mean over N rows (4.5)."""
     z = z.detach() if stop_gradient else z
     return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
@@ -153,37 +155,30 @@ DISTANCES = {"cosine": negative_cosine, "cross-entropy": softmax_cross_entropy}
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
-    device, data = common.start(config, data)
-    model = SimSiam(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)
-    n, lr, D = config.batch_size, config.lr * config.batch_size / 256, DISTANCES[config.similarity]
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    run = common.Run(config, data)
+    model = SimSiam(config).to(run.device, memory_format=torch.channels_last)
+    lr, D = config.lr * config.batch_size / 256, DISTANCES[config.similarity]
     f = {"params": [*model.backbone.parameters(), *model.projector.parameters()]}
     h = {"params": list(model.predictor.parameters()), "constant": config.predictor_lr == "constant"}
     optimizer = torch.optim.SGD([f, h], lr=lr, momentum=0.9, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
-    run.header(
-        optimizer=f"sgd, peak lr {lr:g} (--lr {config.lr:g} x {n} / 256), of the predictor {config.predictor_lr}",
-        loss=f"{config.similarity}, mean over N = {n} images" + " and both directions" * config.symmetric,
-    )
+    note = f"{D.__name__}, {'the mean of both directions' if config.symmetric else 'of one direction'}; "
+    note += f"the predictor's learning rate is {config.predictor_lr}"
+    network = run.begin(model, optimizer=optimizer, note=note)
 
-    for _ in run.epochs():
-        for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
-            x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
-            set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
+    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
+        x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
+        set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
-            p1, p2, z1, z2 = (out.float() for out in network(x1, x2))  # (N, d) each
-            loss = D(p1, z2, config.stop_gradient)
-            if config.symmetric:
-                loss = loss / 2 + D(p2, z1, config.stop_gradient) / 2  # equation 4
+        p1, p2, z1, z2 = (out.float() for out in network(x1, x2))  # (N, d) each
+        loss = D(p1, z2, config.stop_gradient)
+        if config.symmetric:
+            loss = loss / 2 + D(p2, z1, config.stop_gradient) / 2  # equation 4
 
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            run.log(loss, z1, x1, x2)
-        run.end_epoch()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss, z1, x1, x2)
     return run.finish()
 
 

@@ -2,16 +2,16 @@
 
 Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot, Liu, Krishnan, NeurIPS 2020, https://arxiv.org/abs/2004.11362
 
-SimCLR with labels. Of each of N images two views are drawn; the positives P(i) of a view i are all other views of its
-class, A(i) are all other views. Stage 1, here, learns the encoder; stage 2, a linear classifier on the frozen encoder,
-is `python linear_eval.py runs/supcon --protocol paper`:
+SimCLR with labels. Two views of each of N images are drawn. The positives P(i) of a view i are all other views of its
+class, and A(i) are all other views. Stage 1, in this file, learns the encoder. Stage 2, a linear classifier on the
+frozen encoder, is `python linear_eval.py runs/supcon --protocol paper`:
 
     z_i = Proj(Enc(x_i)), of length 1                                                              (section 3.1)
     r_ip = exp(z_i . z_p / tau) / sum over a in A(i) of exp(z_i . z_a / tau)
     L_out = sum over i of -1/|P(i)| sum over p in P(i) of log r_ip                                  (equation 2)
     L_in  = sum over i of -log( 1/|P(i)| sum over p in P(i) of r_ip )                               (equation 3)
 
-Here both are the mean over the 2N anchors i, times tau over the base temperature (section 4.5); an anchor without
+Here both are the mean over the 2N anchors i, times tau over the base temperature (section 4.5). An anchor without
 positives adds 0. With a class for every image both are SimCLR's loss. Jensen's inequality puts L_in below L_out; L_out
 learns better (section 3.2.2).
 
@@ -25,16 +25,17 @@ learns better (section 3.2.2).
 
     python supcon.py                                       the demo: embedded data, two CPU cores
     python supcon.py --loss cross-entropy                  the one-stage baseline in the same budget
-    python supcon.py --data /my/photos                     class sub-folders
+    python supcon.py --data /my/photos                     your own pictures, in a sub-folder for each class
 
-The demo ends at a kNN of 0.965 to 0.979, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
+The demo ends at a kNN of 0.965 to 0.979; raw pixels reach 0.726 (five seeds; an EPYC with AVX-512).
 
-Not as in the paper: its best augmentation, AutoAugment, is not here (the views are those of the authors' code for
-CIFAR). The baseline runs by SupCon's recipe; the authors' code trains it at lr 0.8 with one view, cropped and flipped.
-The learning rate moves at every step (theirs at every epoch, down to a thousandth). Max-margin, the other baseline, is
-benchmarks/supervised.py.
+This file differs from the paper in some points. The paper's best augmentation is AutoAugment; the views here are those
+of the authors' code for CIFAR. The baseline runs by SupCon's recipe; the authors' code trains it at lr 0.8 with one
+view, cropped and flipped. The learning rate moves at every step, theirs at every epoch, down to a thousandth. The other
+baseline, max-margin, is in benchmarks/supervised.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,40 +44,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from common import RunConfig, cosine_lr, set_lr
-from images import color_jitter, flip, grey, normalize, sometimes
+from common import RunConfig, cosine_lr, gather, set_lr
+from images import color_jitter, ensure, flip, grey, normalize, sometimes
 
-try:
-    import kernels
-except ModuleNotFoundError as error:  # the folder was not copied along: the naive loss below runs
-    if error.name != "kernels":
-        raise
-    kernels = None
-
-CIFAR = {  # the README and defaults of the authors' code
-    **{"data": "cifar10", "image_size": 32, "backbone": "resnet50", "stem": "cifar", "epochs": 1000},
-    **{"batch_size": 1024, "optimizer": "sgd", "lr": 0.5, "weight_decay": 1e-4, "base_temperature": 0.07},
-}
-DEMO = {  # ours: learns the shapes set on two CPU cores in about a minute
-    **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "epochs": 5, "batch_size": 128},
-    **{"lr": 2.0, "weight_decay": 1e-4, "warmup_epochs": 1.0, "crop_min_scale": 0.35, "base_temperature": 0.1},
-    **{"hidden_dim": 256, "projection_dim": 64},
-}
+CIFAR = dict(  # the README and defaults of the authors' code
+    data="cifar10", image_size=32, backbone="resnet50", stem="cifar", epochs=1000, batch_size=1024,
+    optimizer="sgd", lr=0.5, weight_decay=1e-4, base_temperature=0.07,
+)  # fmt: skip
+PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+    image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=1e-4,
+    warmup_epochs=0.0, base_temperature=0.1,
+)  # fmt: skip
+DEMO = dict(  # ours: learns the shapes set on two CPU cores in about a minute
+    data="shapes", image_size=32, backbone="resnet8", epochs=5, batch_size=128, lr=2.0, weight_decay=1e-4,
+    warmup_epochs=1.0, crop_min_scale=0.35, base_temperature=0.1, hidden_dim=256, projection_dim=64,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
     """SupCon's flags. The defaults are for ImageNet; "code" is the authors' github.com/HobbitLong/SupContrast."""
 
-    PRESETS = {"paper": {}, "cifar": CIFAR, "demo": DEMO}
-    lr_of_preset_batch = True
+    PRESETS = {"paper": {}, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
     loss: Literal["out", "in", "cross-entropy"] = "out"  # equation 2, equation 3, or the one-stage baseline
     temperature: float = 0.1  # tau (section 4)
     base_temperature: float = 1.0  # the loss is multiplied by tau over this (section 4.5: by tau; code: 0.07)
-    epochs: int = 350  # passes over the training images (section 4.4, ResNet-50)
-    batch_size: int = 6144  # N, images in a step; 2N views (section 4.4)
-    optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 4.4: ImageNet) or sgd (CIFAR), momentum 0.9
+    epochs: int = 350  # passes over the training images (section 4.5, ResNet-50)
+    batch_size: int = 6144  # N, images in a step; 2N views (section 4.5)
+    optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 4.5: ImageNet) or sgd (CIFAR), momentum 0.9
     lr: float = 7.2  # learning rate, not scaled by N (ours: 0.3 N / 256, which is SimCLR's)
     weight_decay: float = 1e-6  # weight decay; with lars not on BN and biases (SimCLR's)
     warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (code: for N > 256)
@@ -90,13 +86,12 @@ class Config(RunConfig):
 
     def check(self) -> None:
         super().check()
-        baseline = self.loss == "cross-entropy"
-        common.ensure(self.batch_size > 1 or baseline, "--batch-size 1: there are no negatives; give 2 or more")
-        common.ensure(
-            self.jitter_strength <= 2.5, "--jitter-strength: at most 2.5, where the hue turns by half a circle"
-        )
-        wrong = baseline and self.loss_backend not in ("auto", "naive")
-        common.ensure(not wrong, f"--loss-backend {self.loss_backend}: cross-entropy has no kernel; leave it out")
+        self.need("batch_size > 1 or loss == 'cross-entropy'", "lr > 0", "temperature > 0", "base_temperature > 0")
+        self.need("projection_dim > 0", "0 < crop_min_scale <= 1")
+        self.need("jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
+        baseline, backend = self.loss == "cross-entropy", self.loss_backend
+        no_kernel = baseline and backend not in ("auto", "naive")
+        ensure(not no_kernel, f"--loss-backend {backend}: cross-entropy has no kernel; leave the flag out")
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
@@ -111,7 +106,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
 class SupCon(nn.Module):
     """Enc and Proj. `model(x1, x2)` is z of both views, `model.backbone(x)` is h, `model.embed(x)` is z.
 
-    The baseline has no Proj: its z is h, which the classifier reads.
+    The baseline has no Proj: its z is h, which its classifier reads.
     """
 
     def __init__(self, config: Config) -> None:
@@ -155,64 +150,48 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, los
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
-    device, data = common.start(config, data)
-    no_label, baseline = data.train.labels < 0, config.loss == "cross-entropy"
-    words = f"--data {data.name}: no two class sub-folders with images; SupCon learns from labels, SimCLR needs none"
-    common.ensure(not no_label.all(), words)
-    words = f"--loss cross-entropy: {int(no_label.sum()):,} images have no label; take --loss out, or remove them"
-    common.ensure(not (baseline and no_label.any()), words)
-    # an image without a label is a class of its own, whose one positive is its other view: SimCLR's case
-    labels = torch.where(no_label, -2 - torch.arange(len(no_label)), data.train.labels).to(device)
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    run = common.Run(config, data)
+    labels, name, baseline = run.data.train.labels, run.data.name, config.loss == "cross-entropy"
+    bare = labels < 0  # (number of images,)
+    ensure(not bare.all(), f"--data {name}: no image has a label; give two class sub-folders or more")
+    missing = f"--loss cross-entropy: {int(bare.sum()):,} images have no label; give --loss out, or remove the images"
+    ensure(not (baseline and bare.any()), missing)
+    # an image without a label is a class of its own, whose one positive is its other view, as in SimCLR
+    labels = torch.where(bare, -2 - torch.arange(len(labels)), labels).to(run.device)
 
-    model = SupCon(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)
-    n, tau, scale = config.batch_size, config.temperature, config.temperature / config.base_temperature
-    parts = {"model": model}
+    model = SupCon(config).to(run.device, memory_format=torch.channels_last)
+    tau, scale = config.temperature, config.temperature / config.base_temperature
+    parts = nn.ModuleDict({"model": model})
     if baseline:
-        parts["classifier"] = nn.Linear(model.dim, len(data.classes)).to(device)
-        classifier = common.average_gradients(parts["classifier"])
-    weights = common.parameter_groups(nn.ModuleDict(parts), config.weight_decay)
-    if config.optimizer == "lars":
-        optimizer = common.LARS(weights, lr=config.lr, momentum=0.9)
+        classes = len(run.data.classes)
+        classifier = parts["classifier"] = nn.Linear(model.dim, classes).to(run.device)
+        guess, note = math.log(classes), "cross-entropy; temperature and projection head are unused"
     else:
-        everything = [p for part in parts.values() for p in part.parameters()]
-        optimizer = torch.optim.SGD(everything, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    group = common.group()  # of torchrun's processes: positives and negatives are the views of all
-    backend = "naive" if baseline else common.loss_backend(kernels, config, 2 * n, 2 * n, device, group)
-    run = common.Run(config, data, device, **parts, optimizer=optimizer, scaler=scaler)
-    contrastive = (
-        f"sup_con {config.loss}, {backend}; mean over 2N = {2 * n} anchors, times tau over its base, {scale:g}"
-    )
-    run.header(
-        optimizer=f"{config.optimizer}, peak lr {config.lr:g} (not scaled by N)",
-        loss="cross-entropy; temperature and projection head are unused" if baseline else contrastive,
-        labels=f"{int((~no_label).sum()):,} images; {int(no_label.sum()):,} without one, each a class of its own",
-    )
+        loss_of = run.loss(sup_con)  # this file's, or that of kernels/, as --loss-backend says
+        guess = scale * math.log(2 * config.batch_size - 1)
+        note = f"sup_con {config.loss}, times tau over its base: {tau:g} / {config.base_temperature:g} = {scale:g}"
+    if config.optimizer == "lars":
+        optimizer = common.LARS(common.parameter_groups(parts, config.weight_decay), lr=config.lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.SGD(parts.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    network = run.begin(**parts, optimizer=optimizer, guess=guess, note=note)
 
-    for _ in run.epochs():
-        for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
-            x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
-            set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
+    for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
+        x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
+        set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
 
-            z, y = torch.cat(network(x1, x2)), labels[index.to(device)].repeat(2)  # (2N, d), (2N,)
-            if baseline:
-                loss = F.cross_entropy(classifier(z.float()), y)
-            elif backend == "naive":
-                loss = scale * sup_con(z.float(), y, tau, loss=config.loss)  # equation 2 or 3
-            else:
-                loss = scale * kernels.sup_con(z, y, tau, loss=config.loss, backend=backend, group=group)  # no matrix
+        z, y = torch.cat(network(x1, x2)), labels[index.to(run.device)].repeat(2)  # (2N, d), (2N,)
+        if baseline:  # of all processes' views, so that each process has the same gradients of the classifier
+            loss = F.cross_entropy(classifier(gather(z.float())), gather(y))
+        else:
+            loss = scale * loss_of(z, y, tau, loss=config.loss)  # equation 2 or 3
 
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            run.log(loss, z, x1, x2)
-        run.end_epoch()
-    if baseline and run.total:
-        common.warn_of_guess(run.progress["rows"][-1][1], len(data.classes))
-    return run.finish("" if config.recipe == "demo" else " --protocol paper")  # the published 100 epochs
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss, z, x1, x2)
+    return run.finish()
 
 
 if __name__ == "__main__":

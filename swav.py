@@ -2,9 +2,10 @@
 
 Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, NeurIPS 2020, https://arxiv.org/abs/2006.09882
 
-Contrastive learning by online clustering. The views of an image are not compared with those of others but with K
-prototypes c_k, the centres of clusters: from z_t of one view, the code q_s of the other is predicted, and the other way
-round. In codes all prototypes get nearly equal shares of a batch; else a single one would get every image:
+Contrastive learning by online clustering. The views of an image are compared with K prototypes c_k, the centres of
+clusters, and not with the views of other images. From z_t of one view the code q_s of the other view is predicted, and
+the other way round. The codes give all prototypes nearly equal shares of a batch; otherwise a single prototype would
+get every image:
 
     z_t = g(f(x_t)) / |g(f(x_t))|       p_t = softmax(C^T z_t / tau) over the K prototypes, |c_k| = 1  (section 3.1)
     L = l(z_t, q_s) + l(z_s, q_t)       l(z_t, q_s) = -sum over k of q_s^(k) log p_t^(k)         (equations 1 and 2)
@@ -12,8 +13,8 @@ round. In codes all prototypes get nearly equal shares of a batch; else a single
       = Diag(u) exp(C^T Z / epsilon) Diag(v), nearly, after three Sinkhorn-Knopp iterations             (equation 5)
     L = sum over the large crops i and all crops j != i of l(z_j, q_i)                     (multi-crop, equation 6)
 
-with C = [c_1 ... c_K] and Z = [z_1 ... z_B] of one crop, its codes q the columns of B Q, without a gradient; H is the
-entropy. f is kept, g and C are thrown away: h = f(x) is the representation.
+with C = [c_1 ... c_K], and Z = [z_1 ... z_B] of one crop. Its codes q are the columns of B Q, and no gradient flows
+through them. H is the entropy. Only f is kept: h = f(x) is the representation.
 
     paper                      here                        flag
     f; g                       model.backbone; .projector  --backbone; --hidden-dim, --projection-dim
@@ -25,12 +26,13 @@ entropy. f is kept, g and C are thrown away: h = f(x) is the representation.
     tau                        temperature                 --temperature
 
     python swav.py                                         the demo: embedded data, two CPU cores
-    python swav.py --data /my/photos --backbone resnet18 --preset paper-256 --prototypes 300
+    python swav.py --data /my/photos                       your own pictures
 
-The demo ends at a kNN of 0.963 to 0.985, raw pixels at 0.726 (five seeds; an EPYC with AVX-512).
+The demo ends at a kNN of 0.963 to 0.985; raw pixels reach 0.726 (five seeds; an EPYC with AVX-512).
 
-Not as in the authors' code: the loss is the paper's sum over pairs, theirs the mean (for LARS nearly the same: weight
-decay counts for less); the queue is filled from the start, theirs from the epoch of its first use.
+This file differs from the authors' code in two points. The loss is the paper's sum over pairs, theirs is the mean. (For
+LARS the two are nearly the same: with the sum, weight decay counts for less.) The queue is filled from the start; the
+authors fill theirs from the epoch of its first use.
 """
 
 import itertools
@@ -45,52 +47,54 @@ from torch import Tensor, nn
 
 import common
 from common import RunConfig, cosine_lr, set_lr
-from images import color_jitter, flip, gaussian_blur, grey, normalize, sometimes
+from images import color_jitter, ensure, flip, gaussian_blur, grey, normalize, sometimes
 
 # the authors' script for batches of 256
-SMALL_BATCH = {"batch_size": 256, "epochs": 200, "lr": 0.6, "warmup_epochs": 0.0, "queue_size": 3840}
-CIFAR = {  # ours, since the paper does not train on CIFAR-10; tried for ten epochs of resnet8 alone
-    **{"data": "cifar10", "image_size": 32, "backbone": "resnet18", "stem": "cifar", "crops": "2x32", "epochs": 800},
-    **{"batch_size": 128, "optimizer": "sgd", "lr": 0.4, "weight_decay": 1e-4, "prototypes": 512, "epsilon": 0.01},
-    **{"crop_min_scale": 0.2, "blur": 0.0},
-}
-DEMO = {  # ours: learns the shapes set on two CPU cores in one and a half to three minutes
-    **{"data": "shapes", "image_size": 32, "backbone": "resnet8", "crops": "2x32", "epochs": 6, "batch_size": 128},
-    **{"optimizer": "sgd", "lr": 0.4, "weight_decay": 1e-4, "warmup_epochs": 1.0, "prototypes": 64},
-    **{"epsilon": 0.01},  # with softer codes p stays uniform for long
-    **{"small_crop_min_scale": 0.2, "hidden_dim": 256, "projection_dim": 64, "crop_min_scale": 0.35},
-    **{"jitter_strength": 0.5, "blur": 0.0},
-}
+SMALL_BATCH = dict(batch_size=256, epochs=200, lr=0.6, warmup_epochs=0.0, queue_size=3840)
+CIFAR = dict(  # ours, since the paper does not train on CIFAR-10; only ten epochs of resnet8 have been tried
+    data="cifar10", image_size=32, backbone="resnet18", stem="cifar", crops="2x32", epochs=800, batch_size=128,
+    optimizer="sgd", lr=0.4, weight_decay=1e-4, prototypes=512, epsilon=0.01, crop_min_scale=0.2, blur=0.0,
+)  # fmt: skip
+PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+    image_size=128, backbone="resnet18", crops="2x128", epochs=100, batch_size=128, optimizer="sgd", lr=0.4,
+    weight_decay=1e-4, warmup_epochs=0.0, prototypes=256, epsilon=0.01, crop_min_scale=0.2,
+)  # fmt: skip
+DEMO = dict(  # ours: learns the shapes set on two CPU cores in one and a half to three minutes
+    data="shapes", image_size=32, backbone="resnet8", crops="2x32", epochs=6, batch_size=128, optimizer="sgd",
+    lr=0.4, weight_decay=1e-4, warmup_epochs=1.0, prototypes=64,
+    epsilon=0.01,  # with softer codes p stays uniform for long
+    small_crop_min_scale=0.2, hidden_dim=256, projection_dim=64, crop_min_scale=0.35, jitter_strength=0.5, blur=0.0,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    """SwAV's flags. The defaults are the paper's ImageNet recipe of 800 epochs; those of 100, 200 and 400 differ in
-    --epochs alone. Sections, appendices and equations are the paper's, scripts the authors'."""
+    """SwAV's flags. The defaults are the paper's ImageNet recipe of 800 epochs; its recipes of 100, 200 and 400 epochs
+    differ in --epochs alone. Sections, appendices and equations are the paper's, scripts the authors'."""
 
     PRESETS = {
         "paper": {},
-        "paper-2x224": {"crops": "2x224", "epochs": 400, "crop_min_scale": 0.08},
+        "paper-2x224": dict(crops="2x224", epochs=400, crop_min_scale=0.08),
         "paper-256": SMALL_BATCH,
         "cifar": CIFAR,
+        "photos": PHOTOS,
         "demo": DEMO,
     }
-    lr_of_preset_batch = True
 
-    crops: str = "2x224,6x96"  # number x side; those of the first side, --image-size, give codes, all predict
+    crops: str = "2x224,6x96"  # number x side; all predict, crops of the first side, --image-size, give codes
     prototypes: int = 3000  # K (appendix A)
     epsilon: float = 0.05  # of the codes (appendix A): smaller is harder; try 0.03 when p stays uniform
     sinkhorn_iterations: int = 3  # rounds towards equal shares (appendix A); 0 = softmaxes, which collapse
     temperature: float = 0.1  # tau (appendix A)
-    freeze_prototypes_epochs: float = 1.0  # first ones, in which prototypes stand still (appendix A)
-    queue_size: int = 0  # past z that join a batch for its codes; a preset's: 15 batches (scripts); 0 = none
-    queue_start_epoch: float = 15.0  # from when on the queue is used, if it is full (scripts)
+    freeze_prototypes_epochs: float = 1.0  # epochs at the start in which prototypes stand still (appendix A)
+    queue_size: int = 0  # past z that share the prototypes with a batch; the scripts take 15 batches; 0 = none
+    queue_start_epoch: float = 15.0  # epoch from which the queue is used, once it is full (scripts)
     hidden_dim: int = 0  # width of g's hidden layer; 0 = the width of h, as in the scripts (2048)
     projection_dim: int = 128  # d, width of z (appendix A)
     crop_min_scale: float = 0.14  # least area of a large crop; the most is 1 (scripts)
     small_crop_min_scale: float = 0.05  # least area of a small crop; the most is --crop-min-scale (scripts)
     jitter_strength: float = 1.0  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s (scripts)
-    blur: float = 0.5  # probability of a blur (scripts); pictures of 32 pixels like none
+    blur: float = 0.5  # probability of a blur (scripts); give 0 for pictures of 32 pixels
     epochs: int = 800  # passes over the training images (scripts: 100, 200, 400 or 800)
     batch_size: int = 4096  # B, images in a step (appendix A)
     optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A), or sgd, whose lr acts on the sum of pairs
@@ -103,15 +107,19 @@ class Config(RunConfig):
 
     def check(self) -> None:
         super().check()
+        self.need("batch_size > 1", "lr > 0", "prototypes > 1", "epsilon > 0", "temperature > 0", "projection_dim > 0")
+        self.need("warmup_start_scale <= 1", "final_lr_scale <= 1", "blur <= 1")
+        self.need("0 < crop_min_scale <= 1", "0 < small_crop_min_scale")
+        self.need("jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
         (number, side), *small = crop_kinds(self.crops)
-        words = f"the first of --crops {self.crops} must be of that side; give both, such as --crops {number}x"
-        common.ensure(side == self.image_size, f"--image-size {self.image_size}: {words}{self.image_size}")
-        fits = self.small_crop_min_scale <= self.crop_min_scale or not small
-        common.ensure(fits, "--small-crop-min-scale: at most --crop-min-scale, where the areas of small crops end")
-        common.ensure(self.batch_size > 1, "--batch-size 1: one image has no clusters; give 2 or more")
-        common.ensure(self.epsilon > 0, "--epsilon 0.0: must be a number above 0")
-        common.ensure(self.prototypes > 1, "--prototypes 1: there is nothing to tell apart; give 2 or more")
-        common.ensure(self.jitter_strength <= 2.5, "--jitter-strength: at most 2.5, half a circle of hue")
+        sides = f"--image-size {self.image_size}: --crops {self.crops} begins with another side"
+        ensure(side == self.image_size, f"{sides}; give both, such as --crops {number}x{self.image_size}")
+        if small:  # the areas of small crops end at --crop-min-scale
+            self.need("small_crop_min_scale <= crop_min_scale")
+        if self.queue_size:
+            self.need("queue_size >= batch_size")
+            late = f"--queue-start-epoch {self.queue_start_epoch:g}: --epochs {self.epochs} is over by then"
+            ensure(self.queue_start_epoch < max(1, self.epochs), f"{late}; give a smaller one, or --queue-size 0")
 
 
 def crop_kinds(text: str) -> list[tuple[int, int]]:
@@ -119,13 +127,12 @@ def crop_kinds(text: str) -> list[tuple[int, int]]:
     kinds = [(int(number), int(side)) for number, side in re.findall(r"([1-9]\d?)x([1-9]\d*)", text)]
     ok = ",".join(f"{number}x{side}" for number, side in kinds) == text and all(side >= 8 for _, side in kinds)
     ok = ok and len({side for _, side in kinds}) == len(kinds) and sum(number for number, _ in kinds) > 1
-    common.ensure(ok, f"--crops {text}: give two or more, number x side of at least 8, a side once, such as 2x224,6x96")
+    ensure(ok, f"--crops {text}: give two crops or more, number x side, a side once and at least 8, as in 2x224,6x96")
     return kinds
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """t(x) after the crop (the authors' code; SimCLR's), a draw of its own for every image. x: (B, 3, S, S) in
-    [0, 1]."""
+    """t(x) after the crop, SimCLR's (the authors' code), a draw of its own for every image. x: (B, 3, S, S)."""
     s = config.jitter_strength
     x = sometimes(x, 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
@@ -135,10 +142,10 @@ def augment(x: Tensor, config: Config) -> Tensor:
 
 
 class SwAV(nn.Module):
-    """f, g, the prototypes and the queue. `model(*views)` is z and its scores z C of every view, `model.backbone(x)` is
-    h, `model.embed(x)` is g(h).
+    """f, g, the prototypes and the queue. `model(*views)` is z and its scores z C of every view. `model.backbone(x)` is
+    h, and `model.embed(x)` is g(h).
 
-    `prototypes.weight` (K, d): C transposed, rows of length 1. `queue` (large crops, L, d): z of past steps.
+    `prototypes.weight` (K, d) is C transposed; its rows have length 1. `queue` (large crops, L, d) holds past z.
     """
 
     def __init__(self, config: Config) -> None:
@@ -165,18 +172,21 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int, with_queue: bool) -> Tensor:
-        """q (B, K) of a large crop, from its scores (B, K); with the queue, its past z share the prototypes, too."""
-        past = [self.prototypes(common.mine(self.queue[crop]))] if with_queue else []  # (L, K)
-        all_scores, c = torch.cat([scores, *past]), self.config
-        codes = sinkhorn(all_scores, c.epsilon, c.sinkhorn_iterations, common.group())
-        return codes[: len(scores)]
+        """q (B, K) of a large crop, from its scores (B, K). With the queue, its past z share the prototypes too.
+
+        Of several processes each brings its own images, and every W-th row of the queue.
+        """
+        c, (rank, world) = self.config, common.share()
+        past = [self.prototypes(self.queue[crop, rank::world])] if with_queue else []  # (L / W, K)
+        group = torch.distributed.group.WORLD if world > 1 else None
+        return sinkhorn(torch.cat([scores, *past]), c.epsilon, c.sinkhorn_iterations, group)[: len(scores)]
 
     @torch.no_grad()
     def update(self, z: Tensor, step: int) -> None:
-        """Prototypes back to length 1, for the next step; z (B, V, d), of large crops, over the oldest of the queue."""
+        """Bring the prototypes back to length 1; put z (B, V, d) of the large crops over the queue's oldest."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         if self.config.queue_size:
-            z = common.gather(z[:, : len(self.queue)])
+            z = common.gather(z[:, : len(self.queue)])  # of all processes
             rows = (step * len(z) + torch.arange(len(z), device=z.device)) % self.config.queue_size
             self.queue.index_copy_(1, rows, z.transpose(0, 1).to(self.queue))
 
@@ -185,12 +195,12 @@ class SwAV(nn.Module):
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, group: Any = None) -> Tensor:
     """Codes (B, K), float32, of scores z C (B, K): equation 5's Q transposed and times B, so that a row sums to 1.
 
-    An iteration gives prototypes, then images, equal shares; without any, codes are softmax(scores / epsilon). With a
-    process group the B images are those of all its processes, and each gets the codes of its own. It is done in
-    logarithms, so that any epsilon > 0 is safe.
+    An iteration gives equal shares to the prototypes, then to the images. With no iteration codes are softmax(scores /
+    epsilon). With a process group the prototypes are shared among the images of all its processes, and each process
+    gets the codes of its own images. Logarithms make any epsilon > 0 safe.
     """
 
-    def log_share(log_q: Tensor) -> Tensor:  # of each prototype, over all images: (K,)
+    def log_share(log_q: Tensor) -> Tensor:  # the share of each prototype, over all images: (K,)
         share = log_q.logsumexp(0)
         if group is None:
             return share
@@ -198,7 +208,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, group: 
         torch.distributed.all_gather(shares, share, group)
         return torch.stack(shares).logsumexp(0)
 
-    log_q = scores.float() / max(epsilon, 1e-30)  # less would overflow
+    log_q = scores.float() / max(epsilon, 1e-30)  # a smaller one would overflow
     for _ in range(iterations):
         log_q = log_q - log_share(log_q)  # u: the rows of Q, the same share for every prototype
         log_q = log_q.log_softmax(1)  # v: its columns, the same for every image
@@ -207,66 +217,53 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, group: 
 
 def swapped_prediction(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
     """l(z_t, q_s) of equation 2, the mean over B images: the scores z_t C (B, K) of one view predict the codes q_s
-    (B, K) of another one. No gradient reaches the codes."""
+    (B, K) of another view. No gradient reaches the codes."""
     log_p = F.log_softmax(scores / temperature, dim=1)  # (B, K)
     return -(codes.detach() * log_p).sum(1).mean()
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.start`); write to `config.out`, return the final metrics."""
-    device, data = common.start(config, data)
-    n, lr, tau = config.batch_size, config.lr, config.temperature
-    if config.queue_size:
-        fitted = {"queue_size": 15 * n}  # 15 batches, as in the scripts
-        fitted |= {"queue_start_epoch": config.epochs / 10} if config.queue_start_epoch >= config.epochs else {}
-        common.fit(config, f"batches of {n} and {config.epochs} epochs", fitted)
-    queue = config.queue_size
-    common.ensure(queue == 0 or queue >= n, f"--queue-size {queue}: give 0, or at least the batch's {n}")
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    run = common.Run(config, data)
+    n, there, queue, tau = config.batch_size, len(run.data.train), config.queue_size, config.temperature
+    ensure(queue <= there, f"--queue-size {queue}: there are {there:,} training images; give 0, or {n} to {there}")
     (large, side), *small = crop_kinds(config.crops)
     crops = [(side, (config.crop_min_scale, 1.0))] * large
     for number, side in small:
         crops += [(side, (config.small_crop_min_scale, config.crop_min_scale))] * number
     pairs = [(i, j) for i in range(large) for j in range(len(crops)) if j != i]
 
-    model = SwAV(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)
+    model = SwAV(config).to(run.device, memory_format=torch.channels_last)
     weights = [p for p in model.parameters() if p.requires_grad]
+    lr, first_lr, last_lr = (config.lr * scale for scale in (1, config.warmup_start_scale, config.final_lr_scale))
     if config.optimizer == "lars":
         optimizer = common.LARS(weights, lr=lr, weight_decay=config.weight_decay, lr_in_momentum=False)
     else:
         optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    run = common.Run(config, data, device, model=model, optimizer=optimizer, scaler=scaler)
     frozen_until = math.ceil(config.freeze_prototypes_epochs * run.steps)
     queue_from = math.ceil(max(config.queue_start_epoch * run.steps, queue / n))
-    first_lr, last_lr = lr * config.warmup_start_scale, lr * config.final_lr_scale
-    shared = f"{n:,} images" + f" and, from step {queue_from:,} on, the {queue:,} before" * (queue > 0)
-    run.header(
-        optimizer=f"{config.optimizer}, peak lr {lr:g} (not scaled by B), {last_lr:g} at the end",
-        loss=f"swapped_prediction, the sum of {len(pairs)} pairs of crops {config.crops} (p uniform: "
-        f"{len(pairs) * math.log(config.prototypes):.2f}); mean over B = {n} images",
-        codes=f"{shared} share {config.prototypes:,} prototypes, which stand still for {frozen_until:,} steps",
-    )
+    note = f"swapped_prediction, the sum over {len(pairs)} pairs of crops {config.crops}; the {config.prototypes:,} "
+    note += f"prototypes stand still for {frozen_until:,} steps"
+    note += f"; from step {queue_from:,} on {queue:,} past images share them" if queue else ""
+    guess = len(pairs) * math.log(config.prototypes)  # of a uniform p
+    network = run.begin(model, optimizer=optimizer, guess=guess, note=note)
 
-    for _ in run.epochs():
-        for _, views in run.batches(crops=crops):
-            views = [augment(x, config) for x in views]  # V of (B, 3, S, S), large ones first
-            set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr, first_lr, last_lr))
+    for _, views in run.batches(crops=crops):
+        views = [augment(x, config) for x in views]  # V of (B, 3, S, S), large ones first
+        set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr, first_lr, last_lr))
 
-            z, scores = network(*views)  # (B, V, d), (B, V, K)
-            with_queue = queue > 0 and run.step >= queue_from
-            q = [model.codes(scores[:, i], i, with_queue) for i in range(large)]  # (B, K) each, no gradient
-            loss = sum(swapped_prediction(scores[:, j], q[i], tau) for i, j in pairs)  # equation 6
+        z, scores = network(*views)  # (B, V, d), (B, V, K)
+        with_queue = queue > 0 and run.step >= queue_from
+        q = [model.codes(scores[:, i], i, with_queue) for i in range(large)]  # (B, K) each, no gradient
+        loss = sum(swapped_prediction(scores[:, j], q[i], tau) for i, j in pairs)  # equation 6
 
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            if run.step < frozen_until:
-                model.prototypes.weight.grad = None
-            scaler.step(optimizer)
-            scaler.update()
-            model.update(z, run.step)
-            run.log(loss, z[:, 0], *views)
-        run.end_epoch()
+        optimizer.zero_grad()
+        loss.backward()
+        if run.step < frozen_until:
+            model.prototypes.weight.grad = None
+        optimizer.step()
+        model.update(z, run.step)
+        run.log(loss, z[:, 0], *views)
     return run.finish()
 
 
