@@ -11,19 +11,21 @@ The paper finds that none suffices alone, and that crop with colour stands out. 
 rotation are not in the paper: here a square of half the side, sigma up to 0.1, and quarter turns (figure 4).
 """
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import simclr
 from benchmarks import table
-from benchmarks.probes import gaussian_noise, sobel
-from images import color_jitter, crop_boxes, crop_resize, gaussian_blur, grey, normalize, rotate, sometimes
+from benchmarks.probes import gaussian_noise, rotate, sobel
+from images import color_jitter, crop_boxes, crop_resize, ensure, gaussian_blur, grey, normalize, sometimes
 from simclr import Config
 
 
@@ -57,7 +59,7 @@ OPS = {  # each takes x (N, 3, S, S) in [0, 1], with a draw of its own for every
     "sobel": lambda x, _: sobel(x).contiguous(),  # three channels of their own, to be changed in place
     "noise": lambda x, _: gaussian_noise(x, torch.empty(len(x), 1, 1, 1).uniform_(0, 0.1).to(x.device)),
     "blur": lambda x, _: sometimes(x, 0.5, gaussian_blur),  # appendix A
-    "rotate": lambda x, _: rotate(x),
+    "rotate": lambda x, _: rotate(x, torch.randint(4, (len(x),))),
 }
 
 
@@ -70,28 +72,22 @@ def one_branch(x: Tensor, ops: list[str], config: Config) -> tuple[Tensor, Tenso
 
 
 def train(config: Config, ops: list[str]) -> dict[str, Any]:
-    """`simclr.train` with the views of `one_branch`; the metrics, with the linear classifier's on the frozen h."""
-    device, data = common.start(config)
-    common.ensure(data.labelled, f"--data {data.name}: no held-out images with labels to report on")
-    model = simclr.SimCLR(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)
-    lr = config.lr * config.batch_size / 256
-    weights = common.parameter_groups(model, config.weight_decay)
+    """`simclr.train` with the views of `one_branch`; the figures, with the linear classifier's on the frozen h."""
+    run = common.Run(config)
+    ensure(run.data.labelled, f"--data {run.data.name}: no held-out images with labels; give a set that has some")
+    model = simclr.SimCLR(config).to(run.device, memory_format=torch.channels_last)
+    lr, weights = config.lr * config.batch_size / 256, common.parameter_groups(model, config.weight_decay)
     optimizer = (common.LARS if config.optimizer == "lars" else torch.optim.SGD)(weights, lr=lr, momentum=0.9)
-    run = common.Run(config, data, device, model=model, optimizer=optimizer)
-    run.header(views=f"one crop; one branch has {', then '.join(ops)}")
-    for _ in run.epochs():
+    loss_of = run.loss(simclr.nt_xent)
+
+    def losses(network: nn.Module) -> Iterator:
         for _, (x,) in run.batches(views=1, scale=(config.crop_min_scale, 1.0)):
             x1, x2 = one_branch(x, ops, config)
-            common.set_lr(optimizer, common.cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
             z1, z2 = network(x1, x2)
-            loss = simclr.nt_xent(z1.float(), z2.float(), config.temperature)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.log(loss, z1, x1, x2)
-        run.end_epoch()
-    return run.finish() | table.linear(config)
+            yield loss_of(z1, z2, config.temperature), z1, x1, x2
+
+    found = table.learn(run, model, optimizer, lr, losses, f"one crop; one branch has {', then '.join(ops)}")
+    return found | table.linear(found["out"])
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -107,7 +103,7 @@ def main(argv: list[str] | None = None) -> str:
         for ops in cells:
             name, found = ", ".join(ops), []
             for seed in args.seeds:
-                config = table.changed(base, seed=seed, out=f"{args.out}/{'-'.join(ops)}-seed-{seed}")
+                config = dataclasses.replace(base, seed=seed, out=f"{args.out}/{'-'.join(ops)}-seed-{seed}")
                 found.append(table.run(f"{name}, seed {seed}", lambda c=config, ops=ops: train(c, ops))["linear_top1"])
             line.append(table.over_seeds(found))
             means[-1].append(sum(found) / len(found))

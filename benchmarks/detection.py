@@ -13,7 +13,6 @@ A cell is AP at IoU 0.5 on 300 held-out canvases, the mean over the seeds (lowes
 canvases, the weights of the new layers and the batches.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -146,8 +145,7 @@ def evaluate(model: FasterRCNN, pixels: Tensor, truths: list[Boxes]) -> float:
 
 def main(argv: list[str] | None = None) -> str:
     """Train and judge a detector for each cell and seed; print and return the table."""
-    shape = argparse.RawDescriptionHelpFormatter
-    flags = common.OneLineParser(description=__doc__, formatter_class=shape, allow_abbrev=False)
+    flags = table.parser(__doc__)
     add = flags.add_argument
     add("--init", default="runs/simclr/backbone.pt", help="a run's backbone.pt (default runs/simclr/backbone.pt)")
     add("--images", type=int, nargs="+", default=[100, 400], help="labelled training canvases (default 100 400)")

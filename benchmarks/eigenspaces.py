@@ -15,10 +15,11 @@ Prints the mean cosine over the v_j that hold 99% of the trace of F, and how man
 first seed: eigenvectors from the largest eigenvalue on are rows, steps are columns, a line tells how many hold 99%.
 """
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ import common
 import simsiam
 from benchmarks import table
 
-METHODS = {"byol": (byol, byol.BYOL), "simsiam": (simsiam, simsiam.SimSiam)}
+METHODS = {"byol": byol, "simsiam": simsiam}
+UNUSED = ("predictor", "symmetric", "stop_gradient", "similarity")
 POINTS, SHOWN = 60, 64  # steps that are looked at, and eigenvectors in the picture
 
 
@@ -47,31 +49,55 @@ def aligned(cosine: Tensor, values: Tensor) -> tuple[float, int]:
     return float(cosine[:count].mean()), count
 
 
+def byol_step(config: byol.Config, network: nn.Module, v1: Tensor, v2: Tensor) -> tuple[Tensor, ...]:
+    """The loss of byol.py, q(z) of the first view, and the views."""
+    v1 = byol.augment(v1, config, config.blur_1, config.solarize_1)
+    v2 = byol.augment(v2, config, config.blur_2, config.solarize_2)
+    (q1, z2), (q2, z1) = network(v1, v2), network(v2, v1)
+    return byol.byol_loss(q1, z2) + byol.byol_loss(q2, z1), q1, v1, v2
+
+
+def simsiam_step(config: simsiam.Config, network: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, ...]:
+    """The loss of simsiam.py, z of the first view, and the views."""
+    x1, x2 = simsiam.augment(x1, config), simsiam.augment(x2, config)
+    p1, p2, z1, z2 = network(x1, x2)
+    return simsiam.negative_cosine(p1, z2) / 2 + simsiam.negative_cosine(p2, z1) / 2, z1, x1, x2
+
+
 def traced(method: str, predictor: str, config: Any) -> list[tuple[int, Tensor, Tensor]]:
     """Train, with the method's own predictor or a linear one. At POINTS steps: the step, cosines, F's eigenvalues."""
-    script, model = METHODS[method]
-    means, seen, log = [], [], common.Run.log
+    run, means, seen, of_byol = common.Run(config), [], [], method == "byol"
+    model = byol.BYOL(config) if of_byol else simsiam.SimSiam(config)
+    if predictor == "linear":
+        model.predictor = nn.Linear(model.dim, model.dim, bias=False)
+    model = model.to(run.device, memory_format=torch.channels_last)
 
     def note(_: nn.Module, inputs: tuple[Tensor], p: Tensor) -> None:
-        f, p = inputs[0].detach().float(), p.detach().float()
+        f, p = inputs[0].detach(), p.detach()
         now = torch.stack([f.T @ f, p.T @ f]) / len(f)
         means[:] = [means[0].lerp(now, 0.05) if means else now]
 
-    def watched(config: Any) -> nn.Module:
-        result = model(config)
-        if predictor == "linear":
-            result.predictor = nn.Linear(result.dim, result.dim, bias=False)
-        result.predictor.register_forward_hook(note)
-        return result
+    model.predictor.register_forward_hook(note)
+    lr, decay = config.lr * config.batch_size / 256, config.weight_decay
+    if of_byol and config.optimizer == "lars":
+        optimizer = common.LARS(common.parameter_groups(model, decay), lr, lr_in_momentum=False)
+    elif of_byol:
+        optimizer = torch.optim.SGD(common.parameter_groups(model, decay), lr, momentum=0.9)
+    else:
+        f = {"params": [*model.backbone.parameters(), *model.projector.parameters()]}
+        h = {"params": list(model.predictor.parameters()), "constant": config.predictor_lr == "constant"}
+        optimizer = torch.optim.SGD([f, h], lr, momentum=0.9, weight_decay=decay)
 
-    def look(run: common.Run, *args: Tensor) -> None:
-        if run.step % max(1, run.total // POINTS) == 0 or run.step + 1 == run.total:
-            seen.append((run.step, *cosines(*means[0].cpu())))
-        log(run, *args)
+    def losses(network: nn.Module) -> Iterator:
+        for _, views in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
+            yield (byol_step if of_byol else simsiam_step)(config, network, *views)
+            if of_byol:
+                model.update_target(byol.tau_at(run.step, run.total, config.momentum))
+            if run.step % max(1, run.total // POINTS) == 0 or run.step + 1 == run.total:
+                seen.append((run.step, *cosines(*means[0].cpu())))
 
-    with mock.patch.object(script, model.__name__, watched), mock.patch.object(common.Run, "log", look):
-        metrics = script.train(config)
-    print(f"{method}, {predictor}, seed {config.seed}: kNN top-1 {table.over_seeds([metrics['knn_top1']])}")
+    figures = table.learn(run, model, optimizer, lr, losses, f"{predictor} predictor")
+    print(f"{method}, {predictor}, seed {config.seed}: kNN top-1 {table.over_seeds([figures['knn_top1']])}")
     return seen
 
 
@@ -100,10 +126,10 @@ def main(argv: list[str] | None = None) -> str:
     args, rest = parser.parse_known_args(argv)
     lines, first = [], {}
     for method in args.methods:
-        base = table.base_config(METHODS[method][0].Config, rest, ("predictor",))
+        base = table.base_config(METHODS[method].Config, rest, UNUSED)
         for predictor in args.predictors:
             outs = [(seed, f"{args.out}/{method}-{predictor}-seed-{seed}") for seed in args.seeds]
-            runs = [traced(method, predictor, table.changed(base, seed=seed, out=out)) for seed, out in outs]
+            runs = [traced(method, predictor, dataclasses.replace(base, seed=seed, out=out)) for seed, out in outs]
             first[f"{method}, {predictor} predictor"] = runs[0]
             for at in (0, 0.1, 0.25, 0.5, 1):
                 points = [seen[round(at * (len(seen) - 1))] for seen in runs]

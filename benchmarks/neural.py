@@ -8,6 +8,7 @@ R2 of the best linear map from one seed's z to another's, over all samples, mean
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ import cebra
 import common
 import recordings
 from benchmarks import table
+from images import ensure
 
 ROWS = {
     "behavior": {},
@@ -66,9 +68,9 @@ def ours(config: cebra.Config) -> dict[str, Any]:
     metrics = cebra.train(config)
     found = {name: metrics[f"{name} of z, {config.embedding_dim}-d"] for name in ("median error", "R2", "labels")}
     found["fit"] = metrics.get("goodness of fit, held out")
-    with np.load(Path(config.out) / "embedding.npz") as file:
+    with np.load(Path(metrics["out"]) / "embedding.npz") as file:
         found["z"] = torch.from_numpy(file["z"])
-    with open(Path(config.out) / "log.csv") as file:
+    with open(Path(metrics["out"]) / "log.csv") as file:
         speeds = [float(row["samples_per_second"]) for row in csv.DictReader(file)]
     found["training"] = sum(samples(config) / speed for speed in speeds)
     return found | {"others": metrics}
@@ -96,7 +98,7 @@ def package(config: cebra.Config) -> dict[str, Any]:
         command = [sys.executable, "-P", "-c", PACKAGE, "in.npz", "out.npz", json.dumps(settings)]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         absent = re.search("ModuleNotFoundError.*cebra", done.stderr)
-        common.ensure(not absent, "--peer: the package cebra is not installed; pip install cebra")
+        ensure(not absent, "--peer: the package cebra is not installed; pip install cebra")
         if done.returncode:
             raise common.RunFailure(f"the package failed: {done.stderr.strip().splitlines()[-1]}")
         with np.load(f"{folder}/out.npz") as file:
@@ -117,15 +119,13 @@ def main(argv: list[str] | None = None) -> str:
     flags.add_argument("--rows", nargs="+", choices=ROWS, default=None, help="some of the modes (default: all)")
     flags.add_argument("--peer", action="store_true", help="behavior and time, beside the package cebra")
     args, rest = flags.parse_known_args(argv)
-    base = common.parse_args(cebra.Config, rest)
-    peerless = ("encoder", "similarity", "negatives", "learn_temperature", "loss_backend") * args.peer
-    for name in ("seed", "out", "data", "mode", "shuffle", *peerless):
-        common.ensure(name not in base.given, f"{common.dashed(name)}: not for this experiment; leave it out")
-    common.ensure(base.epochs, "--epochs 0: nothing would be trained; give 1 or more")
+    peerless = ("encoder", "similarity", "negatives", "learn_temperature") * args.peer
+    base = table.base_config(cebra.Config, rest, ("data", "mode", "shuffle", *peerless))
+    ensure(base.epochs, "--epochs 0: nothing would be trained; give 1 or more")
     rows, lines = args.rows or (["behavior", "time"] if args.peer else list(ROWS)), []
-    common.ensure(not args.peer or {*rows} <= {"behavior", "time"}, "--peer: has the rows behavior and time alone")
+    ensure(not args.peer or {*rows} <= {"behavior", "time"}, "--peer: has the rows behavior and time alone")
     for row in rows:
-        configs = [table.changed(base, seed=s, out=f"{args.out}/{row}-seed-{s}", **ROWS[row]) for s in args.seeds]
+        configs = [dataclasses.replace(base, seed=s, out=f"{args.out}/{row}-seed-{s}", **ROWS[row]) for s in args.seeds]
         found, theirs = [], []
         for config in configs:
             if args.peer:  # first, as it may be absent

@@ -9,7 +9,6 @@ In images/s, higher is better; an image has one view in `views`, two in `stream`
 one process; a package that is not installed is left out, with a line. `pip install lightly kornia`.
 """
 
-import argparse
 import collections
 import functools
 import importlib.metadata
@@ -80,7 +79,7 @@ def views(size: int, batch: int, rounds: int) -> None:
     """SimCLR's views of pictures in memory on one core, where a batch is what one worker would make."""
     torch.set_num_threads(1)
     config, (pixels, labels) = config_for(size), images.make_shapes(batch, 0, size * 8 // 7 if size > 64 else size)
-    split, recipe = images.resident(pixels, labels, torch.device("cpu")), of_torchvision(size, config)
+    split, recipe = images.Images(labels, torch.device("cpu"), pixels), of_torchvision(size, config)
     pillow = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
 
     def ours() -> None:
@@ -129,15 +128,16 @@ class TwoViews:
 
 def stream(count: int, batch: int, workers: int, rounds: int) -> None:
     """Two views of 224 pixels of JPEG files that are read anew, as one training process sees them come."""
-    config, size = config_for(224), 224
+    size = 224
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), count)
-        split = images.load_folder(Path(folder), size, torch.device("cpu"), 0.0, workers).train
+        config = simclr.Config(data=folder, resident_gb=0.0, workers=workers)
+        split = images.load(config, torch.device("cpu")).train
         crops = [(size, (config.crop_min_scale, 1.0))] * 2
         batches = torch.arange(len(split)).split(batch)[: len(split) // batch]
 
         def ours() -> Iterable:
-            for pair in split.views(batches, crops, 0, workers):
+            for pair in split.views(batches, crops, (0,), workers):
                 yield [simclr.augment(x, config) for x in pair]
 
         def theirs(loader: Callable) -> Iterable:
@@ -211,7 +211,7 @@ def train(backbone: str, batch: int, steps: int, rounds: int, device: str) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = table.parser(__doc__)
     add = parser.add_argument
     add("what", nargs="*", choices=["views", "stream", "train"], help="(default: all)")
     add("--rounds", type=int, default=5, help="turns of each (default 5)")
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--backbone", nargs="+", default=["resnet8"], help="of train (default resnet8)")
     add("--device", default="cpu", help="of train (default cpu)")
     args = parser.parse_args(argv)
-    common.ensure(args.rounds > 0 and args.workers > 0, "--rounds, --workers: give 1 or more")
+    images.ensure(args.rounds > 0 and args.workers > 0, "--rounds, --workers: give 1 or more")
     what, threads = args.what or ["views", "stream", "train"], torch.get_num_threads()
     print(f"{table.machine(args.device)}, {threads} threads\n")
     if "stream" in what:

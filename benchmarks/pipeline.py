@@ -9,7 +9,6 @@ alike.
 
 import contextlib
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -25,29 +24,14 @@ import images
 import simclr
 from benchmarks import table
 
-LIBRARIES = "import torch, torchvision"
-# Runs the demo, stopped after a step; prints what the clock said at each mark.
-START = """
-import json, sys, time
-marks = [("the interpreter", time.time())]
-def mark(what): marks.append((what, time.time()))
+DUE = """
+import time
 import torch, torchvision
-mark("import torch, torchvision")
-import common, simclr
-mark("import the rest")
-start, log = common.start, common.Run.log
-def started(*args):
-    load = common.load_data
-    common.load_data = lambda *args: (mark("the run's folder"), load(*args), mark("the data"))[1]
-    return start(*args)
-def logged(*args):
-    mark("network, optimizer, header, first step")
-    log(*args)
-    mark("views.png, the log")
-    print(json.dumps(marks), file=sys.stderr)
-    sys.exit()
-common.start, common.Run.log = started, logged
-simclr.train(common.parse_args(simclr.Config))
+print(time.time())
+import images, simclr
+began = time.time()
+images.load(simclr.Config.preset("demo"), torch.device("cpu"))
+print(time.time() - began)
 """
 
 
@@ -64,9 +48,10 @@ def timed(work: Callable[[], object], device: torch.device | None = None) -> flo
 def trained(backbone: str, batch: int, steps: int, device: str = "cpu") -> float:
     """Images/s of `simclr.train` by its CIFAR recipe, as it logs its second epoch of `steps`."""
     pixels, _ = images.make_shapes(batch * steps, 0, 32)
-    given = {"backbone": backbone, "epochs": 2, "batch_size": batch, "knn_every": 0, "device": device}
+    given = {"backbone": backbone, "epochs": 2, "warmup_epochs": 0.0, "batch_size": batch, "knn_every": 0}
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        return simclr.train(simclr.Config.preset("cifar", **given, out=out), pixels)["images_per_second"]
+        config = simclr.Config.preset("cifar", **given, device=device, out=out)
+        return simclr.train(config, pixels)["images_per_second"]
 
 
 def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> None:
@@ -88,40 +73,59 @@ def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> Non
     table.race(f"{backbone}, batch {batch}", contenders, rounds)
 
 
+def due(folder: Path) -> tuple[float, float]:
+    """Seconds of a process to have torch and torchvision, and of the demo's data."""
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", DUE], cwd=folder, capture_output=True, text=True, check=True)
+    imported, data = map(float, done.stdout.split())
+    return imported - began, data
+
+
+def first_step(folder: Path) -> float:
+    """Seconds from the start of `python simclr.py` until views.png, which the first step writes at its end."""
+    with tempfile.TemporaryDirectory() as out:
+        began = time.time()
+        child = subprocess.Popen([sys.executable, "simclr.py", "--out", out], cwd=folder, stdout=subprocess.DEVNULL)
+        while not Path(out, "views.png").exists() and child.poll() is None:
+            time.sleep(0.002)
+        seconds, status = time.time() - began, child.poll()
+        child.kill()
+        child.wait()
+    if status is not None:
+        raise common.RunFailure(f"python simclr.py ended with exit status {status}")
+    return seconds
+
+
 def start(rounds: int) -> None:
-    """From the start of the process to the first step of the demo, and what it is spent on."""
-    spent: dict[str, list[float]] = {}
-    for _ in range(rounds + 1):  # the first one fills the disk's cache
-        with tempfile.TemporaryDirectory() as out:
-            began, command = time.time(), [sys.executable, "-c", START, "--out", out]
-            done = subprocess.run(command, cwd=Path(simclr.__file__).parent, capture_output=True, text=True)
-        common.ensure(not done.returncode, f"the demo failed: {done.stderr.strip()}")
-        marks = json.loads(done.stderr.strip().split("\n")[-1])
-        before = began
-        for what, at in marks:
-            spent.setdefault(what, []).append(at - before)
-            before = at
-        spent.setdefault("all", []).append(before - began)
-    spent = {what: seconds[1:] for what, seconds in spent.items()}
-    everything, due = spent.pop("all"), [spent[what] for what in ("the interpreter", LIBRARIES, "the data")]
-    ratio = [whole / sum(parts) for whole, *parts in zip(everything, *due, strict=True)]
-    rows = [[what, table.over_seeds(seconds, 2)] for what, seconds in spent.items()]
-    rows += [["all", table.over_seeds(everything, 2)]]
+    """From the start of the process to the first step of the demo, and what of it is due."""
+    folder, found = Path(simclr.__file__).parent, []
+    for _ in range(rounds + 1):
+        libraries, data = due(folder)
+        everything = first_step(folder)
+        found.append((libraries, data, everything - libraries - data, everything))
+    names = ["the interpreter, import torch, torchvision", "the data", "the rest", "all"]
+    columns = list(zip(*found[1:], strict=True))  # the first round fills the disk's cache
+    rows = [[name, table.over_seeds(seconds, 2)] for name, seconds in zip(names, columns, strict=True)]
     print(table.markdown(["to the first step of `python simclr.py`", "seconds"], rows))
-    print(f"\nall over interpreter, {LIBRARIES} and data: {table.over_seeds(ratio, 2)}")
+    ratio = [everything / (libraries + data) for libraries, data, _, everything in found[1:]]
+    print(f"\nall over interpreter, import torch, torchvision and data: {table.over_seeds(ratio, 2)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = table.parser(__doc__)
+    parser.add_argument("--start", action="store_true", help="measure the start instead of the loop")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--device", default="cpu", help="of the loop (default cpu)")
+    args = parser.parse_args(argv)
+    images.ensure(args.rounds > 0, f"--rounds {args.rounds}: give 1 or more")
+    print(f"{table.machine(args.device)}, {torch.get_num_threads()} threads\n")
+    if args.start:
+        start(args.rounds)
+    else:
+        loop("resnet8", 256, 8, args.rounds, args.device)
+        loop("resnet18", 64, 3, args.rounds, args.device)
 
 
 if __name__ == "__main__":
-    parser = common.OneLineParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--start", action="store_true", help="measure the start instead of the loop")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu", help="of the loop (default cpu)")
     with common.exit_status():
-        args = parser.parse_args()
-        common.ensure(args.rounds > 0, f"--rounds {args.rounds}: give 1 or more")
-        print(f"{table.machine(args.device)}, {torch.get_num_threads()} threads\n")
-        if args.start:
-            start(args.rounds)
-        else:
-            loop("resnet8", 256, 8, args.rounds, args.device)
-            loop("resnet18", 64, 3, args.rounds, args.device)
+        main()

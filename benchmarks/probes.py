@@ -1,23 +1,27 @@
-"""What h keeps and g(h) loses. An MLP is asked, from the features of a picture, what was done to it.
+"""What h keeps and g(h) loses: an MLP is asked, from the features of a picture, what was done to the picture.
 
-    python linear_eval.py runs/simclr --probe all                h and g(h) on all four questions
-    python linear_eval.py runs/simclr --probe rotation --features z
+    python -m benchmarks.probes runs/simclr                 h and g(h) on four questions; needs no labels
+    python -m benchmarks.probes runs/simclr --data /my/photos
 
-Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 4.2, table 3.
+Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 4.2, table 3. Figures are percent of the held-out
+pictures. The paper's networks (ImageNet, ResNet-50, h and g(h) 2048-d) had rotation, noise or Sobel among their
+augmentations in those rows, so that g(h) learned to lose it; benchmarks/augmentations.py trains such networks.
 """
 
-import argparse
+import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import images
+from benchmarks import table
 from common import RunConfig
-from images import Data, Images, ensure
+from images import Images, ensure
 
 PROBES = {  # probe -> what is told apart, the share of each kind, and the paper's chance, h and g(h)
     "grayscale": ("colour against grey", (0.8, 0.2), (80.0, 99.3, 97.4)),  # grey as often as the augmentation makes it
@@ -25,25 +29,29 @@ PROBES = {  # probe -> what is told apart, the share of each kind, and the paper
     "corrupted": ("original against noise", (0.5, 0.5), (50.0, 99.5, 59.6)),
     "sobel": ("original against Sobel", (0.5, 0.5), (50.0, 96.6, 56.3)),
 }
-PROBE_IMAGES = 10_000  # of each split, at most
+MOST = 10_000  # pictures of each split
 
 
 def fit_mlp(x: Tensor, y: Tensor, classes: int, width: int, seed: int, epochs: int = 20) -> nn.Module:
     """A classifier of x (N, d) with one hidden layer: SimCLR's probes are MLPs, of a size it does not give."""
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, classes)).to(x.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    steps = epochs * -(-len(x) // 128)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer, total, step = torch.optim.Adam(network.parameters(), lr=2e-3), epochs * -(-len(x) // 128), 0
     for _ in range(epochs):
         for index in torch.randperm(len(x)).split(128):
+            common.set_lr(optimizer, common.cosine_lr(step, total, 0, 2e-3))
             optimizer.zero_grad()
             F.cross_entropy(network(x[index]), y[index]).backward()
             optimizer.step()
-            decay.step()
-    with torch.no_grad():
-        common.warn_of_guess(F.cross_entropy(network(x), y).item(), classes)
+            step += 1
     return network
+
+
+def rotate(x: Tensor, quarters: Tensor) -> Tensor:
+    """Turn each picture counter-clockwise by `quarters` (N,) times 90 degrees; changes x (N, 3, S, S) in place."""
+    for k in (1, 2, 3):
+        x = images.where(x, quarters == k, lambda y, k=k: y.rot90(k, (2, 3)))
+    return x
 
 
 def gaussian_noise(x: Tensor, sigma: float | Tensor = 0.1) -> Tensor:
@@ -61,61 +69,63 @@ def sobel(x: Tensor) -> Tensor:
 def alter(x: Tensor, probe: str, kind: Tensor) -> Tensor:
     """The pictures x (N, 3, H, W) in [0, 1], those whose `kind` (N,) is not 0 altered: what the probe has to tell."""
     if probe == "rotation":
-        return images.rotate(x, kind)
+        return rotate(x, kind)
     op = {"grayscale": images.grey, "corrupted": gaussian_noise, "sobel": sobel}[probe]
     return images.where(x, kind == 1, op)
 
 
 @torch.no_grad()
 def embed_altered(network: Callable, split: Images, config: RunConfig, probe: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Features of altered central views of up to PROBE_IMAGES images, and which kind each is, (N,)."""
-    rng = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # for the noise
-    common.draw_apart()
-    index = torch.randperm(len(split), generator=rng)[:PROBE_IMAGES]
+    """Features (M, d) of altered central views of up to MOST images, and which kind each is, (M,)."""
+    torch.manual_seed(seed)
+    index = torch.randperm(len(split))[:MOST]
     ends = torch.tensor(PROBES[probe][1]).cumsum(0)[:-1]  # exact shares, so that chance is what the table says
-    kind = torch.searchsorted(ends, torch.randperm(len(index), generator=rng) / len(index), right=True)
-    return common.embed(network, split, config, index, lambda x, rows: alter(x, probe, kind[rows])), kind
+    kind = torch.searchsorted(ends, torch.randperm(len(index)) / len(index), right=True)
+    views = split.views(index.split(256), [(config.image_size, None)], workers=config.workers)
+    altered = (alter(x, probe, part) for (x,), part in zip(views, kind.split(256), strict=True))
+    return torch.cat([network(images.normalize(x)).float() for x in altered]), kind.to(split.device)
 
 
-def run_probes(
-    networks: dict[str, Callable], data: Data, config: RunConfig, probes: list[str], width: int, seed: int
-) -> dict[str, dict[str, float]]:
-    """Held-out accuracy of an MLP of this `width` that tells from the features of each network which kind of picture it
-    was; and of always guessing the most frequent."""
-    result = {}
-    for probe in probes:
-        for name, network in networks.items():
-            known, kind = embed_altered(network, data.train, config, probe, seed)
-            asked, truth = embed_altered(network, data.test, config, probe, seed + 1)
-            mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
-            mlp = fit_mlp((known - mean) / std, kind.to(mean.device), len(PROBES[probe][1]), width, seed)
-            with torch.no_grad():
-                guess = mlp((asked - mean) / std).argmax(1).cpu()
-            row = result.setdefault(probe, {"chance": (truth.bincount().max() / len(truth)).item()})
-            row[name] = (guess == truth).float().mean().item()
-    return result
+def accuracy(network: Callable, data: images.Data, config: RunConfig, probe: str, width: int, seed: int) -> float:
+    """Of an MLP of this `width` that tells from the network's features what was done to the held-out pictures."""
+    known, kind = embed_altered(network, data.train, config, probe, seed)
+    asked, truth = embed_altered(network, data.test, config, probe, seed + 1)
+    mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
+    mlp = fit_mlp((known - mean) / std, kind, len(PROBES[probe][1]), width, seed)
+    with torch.no_grad():
+        return (mlp((asked - mean) / std).argmax(1) == truth).float().mean().item()
 
 
-def kinds_of(args: argparse.Namespace, config: RunConfig, model: nn.Module, data: Data) -> dict[str, Any]:
-    """`--probe grayscale` and the like: what h keeps and g(h) loses. Needs held-out images, but no labels."""
-    ensure(data.test, f"--data {config.data}: no held-out images; add a test folder, or class sub-folders")
-    networks = {"h": model.backbone, "z": model.embed}
-    probes = list(PROBES)
-    if args.probe != "all":
-        probes, asked = [args.probe], args.features or "h"
-        networks = {asked: networks[asked]}
-    used = [min(PROBE_IMAGES, len(split)) for split in (data.train, data.test)]
-    print(f"an MLP is fitted to {used[0]:,} and asked about {used[1]:,}", flush=True)
+def main(argv: list[str] | None = None) -> str:
+    """Ask what the command line says; print and return the table."""
+    parser = table.parser(__doc__)
+    parser.add_argument("run", help="a run's folder, such as runs/simclr")
+    parser.add_argument("--data", help="another data set: a name or a folder (default: the run's own)")
+    parser.add_argument(
+        "--device", default="auto", help="any torch device; auto is cuda where there is a GPU, else cpu"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures, of the alterations and of the MLPs")
+    args = parser.parse_args(argv)
+    config, model = common.load_run(args.run)
+    ensure(isinstance(config, RunConfig), f"{args.run}: a run without pictures; give the run of another method")
+    config.data = args.data or config.data
+    device = common.pick_device(args.device)
+    data, model = images.load(config, device), model.to(device)
+    ensure(data.test, f"--data {config.data}: no held-out images; give a set with a test/, or with class sub-folders")
+    used = [min(MOST, len(split)) for split in (data.train, data.test)]
+    print(f"{data.describe()}\nan MLP is fitted to {used[0]:,} pictures and asked about {used[1]:,}", flush=True)
     if min(used) < 2000:
         print("warning: an MLP needs some 2,000 images of each split before these figures mean something")
-    result = run_probes(networks, data, config, probes, model.backbone.feature_dim, args.seed)
-    heads = "".join(f"{'g(h)' if name == 'z' else name:>8}" for name in networks)
-    print(f"\n  {'':34}{'chance':>8}{heads}     the paper's")
-    for probe, row in result.items():
-        what, _, paper = PROBES[probe]
-        values = "".join(f"{100 * v:8.1f}" for v in row.values())
-        print(f"  {probe:10}{what:24}{values}     {' / '.join(f'{v:g}' for v in paper)}")
-    print("\nThe paper's networks (ImageNet, ResNet-50, h and g(h) 2048-d) had rotation, noise or Sobel among their")
-    print("augmentations in those rows, so that g(h) learned to lose it, as benchmarks/augmentations.py can.")
+    rows, width = [], model.backbone.feature_dim
+    for probe, (what, shares, paper) in PROBES.items():
+        found = [accuracy(f, data, config, probe, width, args.seed) for f in (model.backbone, model.embed)]
+        percent = [f"{100 * value:.1f}" for value in (max(shares), *found)]
+        rows.append([probe, what, *percent, " / ".join(f"{value:g}" for value in paper)])
+    result = table.markdown(["", "told apart", "chance", "h", "g(h)", "the paper's"], rows)
+    print(f"\n{result}")
     return result
+
+
+if __name__ == "__main__":
+    with common.exit_status():
+        main()

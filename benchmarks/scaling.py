@@ -37,12 +37,28 @@ STEPS = 10
 METHODS = ["simclr", "moco", "byol", "simsiam", "swav", "supcon"]
 
 
+class Gather(torch.autograd.Function):
+    """The rows (n, d) of all processes, rank by rank, (W n, d). The backward pass sums the gradients of all processes,
+    as libraries do; `common.gather` needs no exchange there."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dist.all_reduce(gradient := gradient.contiguous())
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def usual(z1, z2, t=0.5):
     """nt_xent by an all-gather with gradient: this process's 2n rows against the 2N of all."""
     z, n = F.normalize(torch.cat([z1, z2]), dim=1), len(z1)
-    every, first = common.gather(z), images.share()[0] * 2 * n
+    first = dist.get_rank() * 2 * n
     own = first + torch.arange(2 * n)
-    s = (z @ every.T / t).index_put((torch.arange(2 * n), own), torch.tensor(-torch.inf))
+    s = (z @ Gather.apply(z).T / t).index_put((torch.arange(2 * n), own), torch.tensor(-torch.inf))
     return F.cross_entropy(s, first + torch.arange(2 * n).roll(n))
 
 
@@ -54,7 +70,7 @@ def sent():
 
 def measure_loss(rank, processes, folder, n, d):
     join(rank, processes, folder)
-    losses = {"ours": lambda a, b: nt_xent(a, b, group=common.group()), "all-gather with gradient": usual}
+    losses = {"ours": lambda a, b: nt_xent(a, b, group=dist.group.WORLD), "all-gather with gradient": usual}
     for name, loss in losses.items():
         torch.manual_seed(rank)
         z = [torch.randn(n, d, requires_grad=True) for _ in range(2)]
@@ -72,20 +88,25 @@ def measure_loss(rank, processes, folder, n, d):
     dist.destroy_process_group()
 
 
+class Counted(images.Images):
+    """A split that notes at each of the first steps, as its views are asked for, how many bytes have been sent."""
+
+    def views(self, *asked, **named):
+        for views in super().views(*asked, **named):
+            self.counts += [sent()] if len(self.counts) < STEPS else []
+            yield views
+
+
 def measure_method(rank, processes, folder, name):
     join(rank, processes, folder)
-    method, counted, log = importlib.import_module(name), [], common.Run.log
-
-    def spy(run, *rest):
-        counted.append(sent())
-        log(run, *rest)
-
-    common.Run.log, common.Run.curves = spy, lambda run: None
-    pictures, labels = images.make_shapes((STEPS + 4) * 128, 0)
-    config = method.Config.preset("demo", epochs=1, warmup_epochs=0.0, batch_size=128, knn_every=0, out=f"{folder}/run")
+    method, (pictures, labels) = importlib.import_module(name), images.make_shapes(STEPS * 128, 0)
+    split = Counted(labels, torch.device("cpu"), pictures)
+    split.counts = []
+    given = {"warmup_epochs": 0.0, "batch_size": 128, "knn_every": 0, "device": "cpu", "out": f"{folder}/run"}
+    data = images.Data("shapes", split, None, [*images.SHAPES])
     with open(os.devnull, "w") as sys.stdout:
-        method.train(config, data=(pictures, labels))
-    each = [b - a for a, b in itertools.pairwise(counted[2:STEPS])]
+        method.train(method.Config.preset("demo", epochs=1, **given), data)
+    each = [b - a for a, b in itertools.pairwise(split.counts[2:])]
     torch.save(statistics.median(each) / processes, f"{folder}/{name}.pt")
     dist.destroy_process_group()
 

@@ -19,13 +19,13 @@ The baselines have no projection head and see both views, so an epoch costs the 
 and linear_eval.py's linear classifier on the frozen h. The paper's figures: CIFAR-10, ResNet-50, 1000 epochs.
 """
 
+import dataclasses
 import math
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import supcon
-from benchmarks.table import changed, compare, linear, parser
+from benchmarks.table import compare, learn, linear, parser
+from images import ensure
 from supcon import Config, augment
 
 
@@ -59,48 +60,52 @@ def margin_loss(h: Tensor, w: Tensor, labels: Tensor, m: int, progress: float) -
     return F.cross_entropy(large_margin(h, w, labels, m, 10 ** (3 - 6 * progress)), labels)
 
 
-def train(config: Config, m: int) -> dict[str, Any]:
-    """`supcon.train` of the cross-entropy baseline, its classifier with a margin."""
-    device, data = common.start(config)
-    labels = data.train.labels.to(device)
-    words = f"--data {data.name}: every image needs a label, and some must be held out"
-    common.ensure(data.labelled and labels.min() >= 0, words)
-    model = supcon.SupCon(config).to(device, memory_format=torch.channels_last)
-    network = common.network_for(model, config, device)
-    classifier = nn.Linear(model.dim, len(data.classes), bias=False).to(device)
-    parts = {"model": model, "classifier": classifier}
+def of_any_length(z: Tensor, labels: Tensor, tau: float) -> Tensor:
+    """L_out (equation 2) of z (M, d) as it is: `supcon.sup_con` brings z to length 1. Each label occurs twice."""
+    s, itself = z @ z.T / tau, torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~itself  # (M, M): p in P(i)
+    log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
+    return -((log_p * positive).sum(1) / positive.sum(1)).mean()
+
+
+def train(config: Config, loss_of: Callable, note: str) -> dict[str, Any]:
+    """`supcon.train` with another loss: `loss_of(z (2N, d), w (C, d), labels (2N,), progress)`. z is h where the config
+    says cross-entropy, and w is the classifier's weight."""
+    run = common.Run(config)
+    labels = run.data.train.labels.to(run.device)
+    words = f"--data {run.data.name}: give a set in which every image has a label, and some are held out"
+    ensure(run.data.labelled and labels.min() >= 0, words)
+    model = supcon.SupCon(config).to(run.device, memory_format=torch.channels_last)
+    classifier = nn.Linear(model.dim, len(run.data.classes), bias=False).to(run.device)
+    parts = nn.ModuleDict({"model": model, "classifier": classifier})
     if config.optimizer == "lars":
-        weights = common.parameter_groups(nn.ModuleDict(parts), config.weight_decay)
-        optimizer = common.LARS(weights, lr=config.lr, momentum=0.9)
+        optimizer = common.LARS(common.parameter_groups(parts, config.weight_decay), lr=config.lr)
     else:
-        everything = [p for part in parts.values() for p in part.parameters()]
-        optimizer = torch.optim.SGD(everything, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
-    run = common.Run(config, data, device, **parts, optimizer=optimizer)
-    run.header(loss=f"large-margin softmax, m = {m}")
-    for _ in run.epochs():
+        optimizer = torch.optim.SGD(parts.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+
+    def losses(network: nn.Module) -> Iterator:
         for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
             x1, x2 = augment(x1, config), augment(x2, config)
-            common.set_lr(optimizer, common.cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
-            h, y = torch.cat(network(x1, x2)).float(), labels[index.to(device)].repeat(2)  # (2N, d), (2N,)
-            loss = margin_loss(h, classifier.weight, y, m, run.step / run.total)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.log(loss, h, x1, x2)
-        run.end_epoch()
-    return run.finish()
+            z, y = torch.cat(network(x1, x2)), labels[index.to(run.device)].repeat(2)  # (2N, d), (2N,)
+            yield loss_of(z, classifier.weight, y, run.step / run.total), z, x1, x2
+
+    return learn(run, model, optimizer, config.lr, losses, note, classifier=classifier)
 
 
-def judged(config: Config, loss: str = "out", m: int = 0, **given: Any) -> dict[str, Any]:
-    """Train by `loss`, or with the margin m; the metrics, with the linear classifier's on the frozen h."""
-    config = changed(config, loss=loss, **given)
-    return (train(config, m) if m else supcon.train(config)) | linear(config)
+def judged(config: Config, work: Callable = supcon.train, **given: Any) -> dict[str, Any]:
+    """Train with the flags `given`; the figures, with the linear classifier's on the frozen h."""
+    found = work(dataclasses.replace(config, **given))
+    return found | linear(found["out"])
+
+
+def max_margin(config: Config, m: int) -> dict[str, Any]:
+    loss = lambda h, w, labels, progress: margin_loss(h, w, labels, m, progress)  # noqa: E731
+    return judged(config, partial(train, loss_of=loss, note=f"large margin, m = {m}"), loss="cross-entropy")
 
 
 def not_normalized(config: Config, tau: float) -> dict[str, Any]:
-    """`sup_con` whose z keeps its length; L_out takes nothing else of F."""
-    with mock.patch.object(supcon, "F", SimpleNamespace(normalize=lambda z, dim: z)):
-        return judged(config, temperature=tau, base_temperature=tau, loss_backend="naive")
+    loss = lambda z, w, labels, progress: of_any_length(z, labels, tau)  # noqa: E731
+    return judged(config, partial(train, loss_of=loss, note=f"L_out of z of any length, tau = {tau:g}"))
 
 
 ROWS = {
@@ -110,8 +115,8 @@ ROWS = {
     "not normalised, tau = 1": (partial(not_normalized, tau=1.0), ""),
     "not normalised, tau = 10": (partial(not_normalized, tau=10.0), ""),
     "cross-entropy": (partial(judged, loss="cross-entropy"), "95.0"),
-    "max-margin, m = 2": (partial(judged, loss="cross-entropy", m=2), ""),
-    "max-margin, m = 4": (partial(judged, loss="cross-entropy", m=4), "92.4"),
+    "max-margin, m = 2": (partial(max_margin, m=2), ""),
+    "max-margin, m = 4": (partial(max_margin, m=4), "92.4"),
 }
 COLUMNS = {"linear top-1 of h": "linear_top1", "kNN of h": "knn_top1", "rank": "effective_rank", "s": "seconds"}
 

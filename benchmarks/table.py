@@ -1,65 +1,95 @@
-"""What the experiments share: their flags, the table of their rows, and how a picture is written."""
+"""What the experiments share: their flags, a training loop, the table of their rows, and how a picture is written."""
 
 import argparse
+import dataclasses
+import multiprocessing
 import os
 import platform
 import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from torch import nn
 
 import common
 import linear_eval
-from common import OneLineParser, RunConfig, ensure
+from common import Flags, RunConfig
+from images import ensure
 
 
-def parser(doc: str, name: str) -> argparse.ArgumentParser:
-    """`--seeds` and `--out`; what it does not know are flags of the method."""
+def parser(doc: str, name: str = "") -> argparse.ArgumentParser:
+    """A parser of an experiment's own flags. With a `name` it has `--seeds` and `--out`."""
     shape = argparse.RawDescriptionHelpFormatter
-    result = OneLineParser(description=doc, formatter_class=shape, allow_abbrev=False)
-    result.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each of these (default 0)")
-    result.add_argument("--out", default=f"runs/{name}", help=f"folder of the runs (default runs/{name})")
+    result = common.OneLineParser(description=doc, formatter_class=shape, allow_abbrev=False)
+    if name:
+        result.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each (default 0)")
+        result.add_argument("--out", default=f"runs/{name}", help=f"folder of the runs (default runs/{name})")
     return result
 
 
-def base_config(method: type[RunConfig], rest: list[str], unused: Sequence[str] = ()) -> RunConfig:
-    """The recipe of every row: that of the method's script with the flags `rest`. Raises `InputError`, also for those
-    that an experiment sets by itself or does without, `unused` among them."""
-    ensure(not common.several(), "an experiment is one process; start it without torchrun")
-    base = common.parse_args(method, rest)
-    for name in ("seed", "resume", "amp", "compile", "micro_batch_size", "loss_backend", *unused):
-        ensure(name not in base.given, f"{common.dashed(name)}: not for this experiment; leave it out")
-    return base
+def refuse(rest: Sequence[str], names: Sequence[str]) -> None:
+    """Raise `InputError` if the words `rest` of a command line give one of these flags."""
+    given = {word.split("=")[0].replace("--no-", "--") for word in rest}
+    for name in map(common.dashed, names):
+        ensure(name not in given, f"{name}: not for this experiment; leave it out")
 
 
-def changed(base: RunConfig, **changes: Any) -> RunConfig:
-    """`base` with these flags given by hand besides."""
-    return base.preset(base.recipe, **{name: getattr(base, name) for name in base.given} | changes)
+def base_config(method: type[Flags], rest: Sequence[str], unused: Sequence[str] = ()) -> Any:
+    """The recipe of every row: that of the method's script with the flags `rest`. Raises `InputError`, also for flags
+    that an experiment sets by itself or does without; `unused` names more of them."""
+    refuse(rest, ("seed", "resume", "amp", "compile", "micro_batch_size", "loss_backend", *unused))
+    return common.parse_args(method, rest)
+
+
+def learn(
+    run: common.Run, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, losses: Callable, note: str,
+    **parts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The training loop of an experiment; returns the final figures. For each step `losses(network)` yields the loss,
+    the output z (n, d) to look at, and the views. `lr` is the learning rate's peak."""
+    warmup = run.config.warmup_epochs * run.steps
+    for loss, z, *views in losses(run.begin(model, optimizer=optimizer, note=note, **parts)):
+        common.set_lr(optimizer, common.cosine_lr(run.step, run.total, warmup, lr))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(loss, z, *views)
+    return run.finish()
 
 
 def run(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The metrics that `work` returns, and how many seconds it took; a line before and after."""
+    """The figures that `work` returns, and how many seconds it took; a line before and after."""
     print(f"\n=== {what}", flush=True)
     started = time.monotonic()
-    try:
-        found = work()
-    except common.Stopped as stopped:
-        raise common.Stopped(f"stopped in {what}", stopped.args[1]) from None
+    found = work()
     found["seconds"] = time.monotonic() - started
     shown = [f"{key} {found[key]:.3f}" for key in ("linear_top1", "knn_top1", "loss") if found.get(key) is not None]
     print(f"=== {what}: {', '.join(shown)}, {found['seconds']:.0f} s", flush=True)
     return found
 
 
-def linear(config: RunConfig) -> dict[str, Any]:
-    """Linear top-1 on h of the run in `config.out`, by linear_eval.py's protocol of cached features."""
-    return {"linear_top1": linear_eval.main([str(config.out)])["linear_top1"]}
+def linear(out: str) -> dict[str, Any]:
+    """Linear top-1 on h of the run in the folder `out`, by linear_eval.py's protocol of cached features."""
+    return {"linear_top1": linear_eval.main([out])["linear_top1"]}
+
+
+@contextmanager
+def processes(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that does each task in a new process of so many threads, `jobs` at a time. An error drops what waits."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # the new processes take it over
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def over_seeds(values: Sequence[float | None], places: int = 3) -> str:
@@ -88,8 +118,8 @@ def machine(device: str = "cpu") -> str:
 
 
 def race(title: str, contenders: dict[str, Callable[[], float]], rounds: int) -> str:
-    """Images/s of each contender, in rounds of all in a changing order after one that warms up: print and return a
-    table of the median, and of the first's lead within a round, so that a noisy machine shifts all alike."""
+    """Images/s of each contender, in rounds of all in a changing order after a round that warms up. Prints and returns
+    a table of the median, and of the first's lead within a round, so that a noisy machine shifts all alike."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name in random.Random(turn).sample(list(contenders), len(contenders)):
@@ -118,25 +148,22 @@ def figure(width: float, height: float, path: str | Path, draw: Callable) -> Non
 
 
 def compare(
-    flags: argparse.ArgumentParser,
-    method: type[RunConfig],
-    rows: dict[str, tuple[Callable, str]],
-    columns: dict[str, str],
-    unused: Sequence[str] = (),
-    argv: Sequence[str] | None = None,
-) -> str:
+    flags: argparse.ArgumentParser, method: type[RunConfig], rows: dict[str, tuple[Callable, str]],
+    columns: dict[str, str], unused: Sequence[str] = (), argv: Sequence[str] | None = None,
+) -> str:  # fmt: skip
     """Run every row with every seed, as the command line asks; print and return the table.
 
-    `rows`: name -> (what trains a config and returns its metrics, the paper's figure); `columns`: title -> metric.
+    `rows`: name -> (what trains a config and returns its figures, the paper's figure); `columns`: title -> figure.
     """
     flags.add_argument("--rows", nargs="+", choices=rows, default=list(rows), help="some of the rows (default: all)")
     args, rest = flags.parse_known_args(argv)
     base, lines = base_config(method, rest, unused), []
     for row in args.rows:
         train, paper = rows[row]
-        configs = [changed(base, seed=s, out=f"{args.out}/{row.replace(' ', '-')}-seed-{s}") for s in args.seeds]
+        outs = [(seed, f"{args.out}/{row.replace(' ', '-')}-seed-{seed}") for seed in args.seeds]
+        configs = [dataclasses.replace(base, seed=seed, out=out) for seed, out in outs]
         found = [run(f"{row}, seed {c.seed}", lambda c=c, train=train: train(c)) for c in configs]
-        lines.append([row, *(over_seeds([metrics[key] for metrics in found]) for key in columns.values()), paper])
+        lines.append([row, *(over_seeds([figures[key] for figures in found]) for key in columns.values()), paper])
     table = markdown(["", *columns, "the paper"], lines)
     print(f"\npython {method.method()}.py {' '.join(rest)}, seeds {', '.join(map(str, args.seeds))}\n\n{table}")
     return table

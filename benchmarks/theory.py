@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import images
 import pairwise
-from benchmarks.table import figure, markdown, over_seeds
+from benchmarks.table import figure, markdown, over_seeds, parser
 
 BATCH, HELD_OUT = 1024, 65_536  # pairs of a step, and pairs that an estimate is made on
 
@@ -183,9 +184,9 @@ def weights(args: argparse.Namespace) -> str:
     """-dL/dd_ij-, in the family alpha_ij, by d_i+ - d_ij-, over its mean, of a batch of 256 held-out pictures."""
     config, model = common.load_run(args.run)
     ours = isinstance(config, pairwise.Config) and config.normalize and config.negatives == "batch"
-    common.ensure(ours, f"{args.run}: not a run of pairwise.py with z of length 1 and a batch's negatives; give one")
+    images.ensure(ours, f"{args.run}: not a run of pairwise.py with z of length 1 and a batch's negatives; give one")
     torch.manual_seed(0)
-    data = common.load_data(config, torch.device("cpu"))
+    data = images.load(config, torch.device("cpu"))
     split, crop = data.test or data.train, (config.image_size, (config.crop_min_scale, 1.0))
     x1, x2 = next(split.views([torch.arange(min(256, len(split)))], [crop] * 2))
     with torch.no_grad():
@@ -225,10 +226,8 @@ def weights(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> str:
-    parser = common.OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
+    flags = parser(__doc__)
+    add = flags.add_argument
     what = {"mutual-information": mutual_information, "density-ratio": density_ratio, "weights": weights}
     add("what", choices=what)
     add("run", nargs="?", default="runs/pairwise", help="of weights: the run's folder (default runs/pairwise)")
@@ -236,8 +235,8 @@ def main(argv: list[str] | None = None) -> str:
     add("--steps", type=int, default=1500, help="that a critic trains for (default 1500)")
     add("--dim", type=int, default=10, help="D of mutual-information (default 10)")
     add("--out", type=Path, default=Path("runs/theory"), help="folder of the pictures (default runs/theory)")
-    args = parser.parse_args(argv)
-    common.ensure(min(args.steps, args.dim) > 0, "--steps and --dim: give 1 or more")
+    args = flags.parse_args(argv)
+    images.ensure(min(args.steps, args.dim) > 0, "--steps and --dim: give 1 or more")
     table = what[args.what](args)
     print(table)
     return table
