@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import images
 
 
@@ -13,7 +12,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: statistics and whole runs; skipped unless asked for by -m slow")
     config.addinivalue_line("markers", "slowest: too long for the checks of every commit; run by -m slowest")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    torch.set_num_threads(1)  # small tensors; and no waiting where other processes use the cores
+    torch.set_num_threads(1)  # the tensors are small, and other processes use the cores too
 
 
 def pytest_collection_modifyitems(config, items):
@@ -21,18 +20,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if mark in item.keywords and mark not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}; run it by -m {mark}"))
-    items.sort(
-        key=lambda item: item.name != "test_in_a_process_of_its_own"
-    )  # of test_triton_interpreter.py, the longest
-
-
-@pytest.fixture
-def few_shapes(request, monkeypatch):
-    """`shapes` of 200 images, or the module's FEW_SHAPES, and no pictures: a run then takes about a second."""
-    make, part = images.make_shapes, 10_000 // getattr(request.module, "FEW_SHAPES", 200)
-    monkeypatch.setattr(common.Run, "curves", lambda self: None)
-    monkeypatch.setattr(common.Run, "neighbours", lambda self: None)
-    monkeypatch.setattr(images, "make_shapes", lambda n, seed, size: make(n // part, seed, size))
+    longest = "test_in_a_process_of_its_own"  # of test_triton_interpreter.py: started first, it shortens a parallel run
+    items.sort(key=lambda item: item.name != longest)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""What the tests of the method files share."""
+"""What the tests share: small sets, small runs, and checks that every method's file passes."""
 
 import copy
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ import common
 import images
 
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = ["simclr", "moco", "byol", "simsiam", "supcon", "swav", "pairwise"]
+FEW = {"moco": {"queue_size": 128}}  # flags that a method needs beside its demo for the 200 images of `few_shapes`
+WARM_UP_AND_COSINE = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # of the peak, in the six steps of `follows_the_schedule`
 
 
 def python(*arguments, folder=ROOT, **options):
@@ -23,13 +27,32 @@ def python(*arguments, folder=ROOT, **options):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, **options)
 
 
+@functools.cache
+def few_shapes(n=200, size=32):
+    """The set `shapes` with n training and 40 held-out images: an epoch of it takes about a second."""
+    parts = [images.make_shapes(count, seed, size) for seed, count in enumerate((n, 40))]
+    train, test = (images.Images(labels, torch.device("cpu"), pixels) for pixels, labels in parts)
+    return images.Data("shapes", train, test, list(images.SHAPES))
+
+
+def train(method, out, data=None, **given):
+    """Train the demo for an epoch of three steps on few shapes, or as given, without curves.png, whose drawing takes
+    longer than that. Returns the figures."""
+    small = {"epochs": 1, "batch_size": 64, "warmup_epochs": 0.0, "knn_every": 0, "workers": 0, "out": str(out)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        config = method.Config.preset("demo", **small | FEW.get(method.__name__, {}) | given)
+        return method.train(config, few_shapes() if data is None else data)
+
+
 def saved(folder, part="model"):
     """A part's state, or another entry, of the checkpoint in `folder`."""
     state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
-    return state["parts"][part][1] if part in state["parts"] else state.get(part)
+    return state["parts"][part][1] if part in state["parts"] else state[part]
 
 
 def equal(a, b):
+    """Equal to the bit: tensors, and dictionaries and lists of them."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -38,105 +61,104 @@ def equal(a, b):
 
 
 def same_run(a, b):
-    """The checkpoints of two folders are equal to the bit, but for the speeds in the log."""
+    """The checkpoints of two folders are equal to the bit, except for the speeds in the log."""
     a, b = (torch.load(Path(folder) / "checkpoint.pt", weights_only=True) for folder in (a, b))
-    rows = [[row[:-1] for row in state["progress"]["rows"]] for state in (a, b)]
-    return equal(a["parts"], b["parts"]) and equal(a["rng"], b["rng"]) and equal(*rows)
+    rows = [[{**row, "images_per_second": 0} for row in state["rows"]] for state in (a, b)]
+    return equal(*rows) and all(equal(a[name], b[name]) for name in ("parts", "step", "loss_sum", "data"))
 
 
-def resumes_bit_for_bit(method, given, tmp_path, monkeypatch):
-    """Stop a run by SIGTERM in the middle of an epoch of 6 steps and resume it: its checkpoint must equal that of a
-    whole run. Returns the metrics of both."""
-    whole = method.train(method.Config.preset("demo", **given, out=str(tmp_path / "whole")))
+def at_each_step(monkeypatch, act):
+    """Call `act(run, z, *views)` when a run logs a step; `run.step` counts the steps before it."""
     log = common.Run.log
+    monkeypatch.setattr(common.Run, "log", lambda run, loss, *rest: (act(run, *rest), log(run, loss, *rest)))
 
-    def stop_at_step_9(run, *rest):
-        if run.step == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        log(run, *rest)
 
+def resumes_bit_for_bit(method, given, tmp_path, monkeypatch, data=None):
+    """Stop a run of 3 epochs of 6 steps by SIGTERM after step 9, and resume it: its checkpoint must equal that of a
+    whole run. Returns the figures of both."""
+    given = {"epochs": 3, "batch_size": 32} | given
+    whole = train(method, tmp_path / "whole", data, **given)
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "log", stop_at_step_9)
-        with pytest.raises(common.Stopped, match="stopped after step 9 of .* is saved"):
-            method.train(method.Config.preset("demo", **given, out=str(tmp_path / "cut")))
-    assert saved(tmp_path / "cut", "progress")["step"] == 9
+        at_each_step(patch, lambda run, *_: run.step == 8 and os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 9 of 18"):
+            train(method, tmp_path / "cut", data, **given)
+    assert saved(tmp_path / "cut", "step") == 9
     torch.manual_seed(99)
-    resumed = method.train(method.Config.preset("demo", **given, resume=True, out=str(tmp_path / "cut")))
+    resumed = train(method, tmp_path / "cut", data, **given, resume=str(tmp_path / "cut"))
     assert same_run(tmp_path / "whole", tmp_path / "cut")
     return whole, resumed
 
 
 def follows_the_schedule(method, given, tmp_path, monkeypatch):
-    """Train 6 steps, 3 of them warm-up. Returns the learning rates of each, (6, groups), and what each logged, with the
-    scales of the crops asked for."""
-    rates, scales, logged = [], [], []
-    views, log = images.Images.views, common.Run.log
+    """Train 6 steps, 3 of them warm-up, without augmentation. Returns the learning rates of each, (6, groups), and what
+    each logged, (z, *views). The crops must be of the areas asked for, and the two views of an image differ."""
+    rates, scales, logged, batches = [], [], [], common.Run.batches
 
-    def spy_views(split, batches, crops, *rest, **named):
-        scales.extend(scale for _, scale in crops if scale)
-        return views(split, batches, crops, *rest, **named)
-
-    def spy_log(run, loss, z, *seen):
-        logged.append((z.detach(), *seen))
+    def look(run, z, *views):
+        logged.append((z.detach(), *views))
         rates.append([group["lr"] for group in run.parts["optimizer"].param_groups])
-        log(run, loss, z, *seen)
 
-    monkeypatch.setattr(images.Images, "views", spy_views)
-    monkeypatch.setattr(common.Run, "log", spy_log)
-    monkeypatch.setattr(method, "augment", lambda x, *rest: x)
-    given = {"epochs": 2, "warmup_epochs": 1.0, "batch_size": 64, "crop_min_scale": 0.3, "knn_every": 0} | given
-    method.train(method.Config.preset("demo", **given, out=str(tmp_path)))
-    assert len(rates) == 6 and set(scales) == {(0.3, 1.0)}
+    with monkeypatch.context() as patch:
+        at_each_step(patch, look)
+        patch.setattr(
+            common.Run, "batches", lambda run, **asked: scales.append(asked["scale"]) or batches(run, **asked)
+        )
+        patch.setattr(method, "augment", lambda x, *rest: x)
+        train(method, tmp_path, **{"epochs": 2, "warmup_epochs": 1.0, "crop_min_scale": 0.3} | given)
+    assert len(rates) == 6 and scales == [(0.3, 1.0)]
     assert all(not torch.equal(v1, v2) for _, v1, v2 in logged)
     return rates, logged
 
 
 def trains_in_pieces(method, given, tmp_path):
-    """One piece of N images changes nothing, to the bit; of pieces of N / 4, each network's BN sees more."""
-    given = {"epochs": 1, "batch_size": 32, "knn_every": 0} | given
+    """--micro-batch-size: one piece of N images changes nothing, to the bit; of four pieces, each network's BN sees
+    more batches."""
     for micro in (0, 32, 8):
-        method.train(method.Config.preset("demo", **given, micro_batch_size=micro, out=str(tmp_path / str(micro))))
+        train(method, tmp_path / str(micro), **{"batch_size": 32, "micro_batch_size": micro} | given)
     whole, one, four = (saved(tmp_path / str(micro)) for micro in (0, 32, 8))
     assert equal(whole, one) and not equal(whole, four)
     seen = [name for name in whole if name.endswith("num_batches_tracked") and not name.startswith("predictor.")]
     assert seen and all(four[name] > whole[name] > 0 for name in seen)
 
 
-def refusal(method, flags, tmp_path, capsys):
-    """The one line that flags which cannot be run are answered with."""
+def refusal(method, flags, tmp_path, capsys, data=None):
+    """The one line that answers flags which the method cannot run, on few shapes or on `data`."""
+    few = [word for name, value in FEW.get(method.__name__, {}).items() for word in (common.dashed(name), value)]
+    argv = ["--preset", "demo", "--epochs", 1, "--warmup-epochs", 0, *few, "--out", tmp_path, *flags]
     with pytest.raises(SystemExit) as stop, common.exit_status():
-        method.train(common.parse_args(method.Config, [*flags, "--epochs", "1", "--out", str(tmp_path)]))
+        method.train(common.parse_args(method.Config, [str(word) for word in argv]), data or few_shapes())
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ")
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
     return err
 
 
-def one_step(method, given, tmp_path, monkeypatch):
-    """Train one step of SGD on all 200 images, with a weight decay. Returns the metrics, the parts it started from
-    (model and, where the method has one, classifier), the images' indices and the views that it was fed."""
-    start, seen, augment, batches = {}, [], method.augment, common.Run.batches
+def one_step(method, given, tmp_path, monkeypatch, data=None):
+    """Train one step of SGD on all 200 images, with a weight decay. Returns the figures, a dictionary of the modules
+    that it started from (model, ...), the images' `index` and their `labels`, and a list of the views it was fed."""
+    start, seen = {}, []
+    augment, begin, batches = method.augment, common.Run.begin, common.Run.batches
 
-    def spy_run(run, *args, init=common.Run.__init__, **parts):
-        start.update({n: copy.deepcopy(p) for n, p in parts.items() if isinstance(p, torch.nn.Module)})
-        init(run, *args, **parts)
+    def spy_begin(run, model, *rest, **named):
+        modules = {"model": model} | named
+        start.update({name: copy.deepcopy(m) for name, m in modules.items() if isinstance(m, torch.nn.Module)})
+        return begin(run, model, *rest, **named)
 
     def spy_batches(run, **asked):
         for index, views in batches(run, **asked):
             start["index"], start["labels"] = index, run.data.train.labels[index]
             yield index, views
 
-    given = {"epochs": 1, "batch_size": 200, "warmup_epochs": 0.0, "weight_decay": 0.1, "knn_every": 0} | given
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "__init__", spy_run)
+        patch.setattr(common.Run, "begin", spy_begin)
         patch.setattr(common.Run, "batches", spy_batches)
-        patch.setattr(method, "augment", lambda *a: seen.append(augment(*a)) or seen[-1])
-        metrics = method.train(method.Config.preset("demo", **given, out=str(tmp_path)))
-    assert len(seen) >= 2 and not torch.equal(*seen[:2])
-    return metrics, start, seen
+        patch.setattr(method, "augment", lambda *given: seen.append(augment(*given)) or seen[-1])
+        figures = train(method, tmp_path, data, **{"batch_size": 200, "weight_decay": 0.1} | given)
+    assert len(seen) == 1 or not torch.equal(*seen[:2])
+    return figures, start, seen
 
 
 def moved_by(loss, part, after, lr, decay):
-    """Every parameter went down the gradient of `loss`, and of the weight decay `decay(p)`, once."""
+    """Every parameter of `part` went once down the gradient of `loss`, plus its weight decay `decay(p)`, to `after`."""
     loss.backward()
     moved = 0
     for name, p in part.named_parameters():
@@ -147,7 +169,7 @@ def moved_by(loss, part, after, lr, decay):
 
 
 def recipe(method, monkeypatch, *given):
-    """The operations that `augment` asks for, each as (its name, its probability, its settings)."""
+    """The operations that `augment(x, *given)` asks for, each as (its name, its probability, *its settings)."""
     asked, sometimes = [], method.sometimes
 
     def spy(x, p, op, *settings):
@@ -160,9 +182,6 @@ def recipe(method, monkeypatch, *given):
         out = method.augment(x.clone(), *given)
     assert out.shape == x.shape and torch.isfinite(out).all() and out.min() < -1  # as torchvision's weights are fed
     return asked
-
-
-WARM_UP_AND_COSINE = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # of the peak, in the six steps of `follows_the_schedule`
 
 
 def largest_difference(ours, theirs):

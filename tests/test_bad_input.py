@@ -1,8 +1,9 @@
 """What users give wrong: one clear line on stderr, the exit status of the contract, no traceback, nothing lost."""
 
+import importlib
 import re
-import shutil
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,209 +12,160 @@ import pytest
 import torch
 from PIL import Image
 
-import byol
 import common
-import moco
-import pairwise
 import simclr
-import simsiam
-import supcon
-import swav
-from tests.helpers import equal, python, refusal
+from tests.helpers import METHODS, at_each_step, equal, few_shapes, python, refusal, saved, train
 
-TINY = ["--preset", "demo", "--epochs", "1", "--batch-size", "64", "--knn-every", "0"]
+TINY = ["--preset", "demo", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "64", "--image-size", "16"]
 
 
-def outcome(capsys, *argv):
-    """(exit status, stderr) of `python simclr.py ARGV`, without the price of a new process."""
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """To draw curves.png takes longer than a run does here."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+def outcome(capsys, *argv, method=simclr, data=None):
+    """(exit status, stderr) of a script called with these flags, without the price of a new process."""
     status = 0
     try:
         with common.exit_status():
-            simclr.train(common.parse_args(simclr.Config, [str(a) for a in argv]))
+            method.train(common.parse_args(method.Config, [str(a) for a in argv]), data or few_shapes())
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().err
 
 
-def refused(capsys, *argv):
-    """The one line with which bad input is answered."""
-    status, err = outcome(capsys, *argv)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
-def photos(root, n=40, size=(40, 32), classes=("a", "b")):
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        path = root / classes[i % len(classes)] / f"{i:03}.png" if classes else root / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
-    return root
-
-
 # --------------------------------------------------------------------------------------------------------- flags
 
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        ("--epoch 3", "unknown --epoch 3; did you mean --epochs?"),
-        ("--epoch=3", "unknown --epoch=3; did you mean --epochs?"),
-        ("--zzz", "unknown --zzz; see --help"),
-        ("--compile on", "unknown on; see --help"),
-        ("--epochs", "argument --epochs: expected one argument"),
-        ("--epochs -1", "--epochs -1: must be a whole number at least 0"),
-        ("--epochs many", "argument --epochs: invalid int value: 'many'"),
-        ("--epochs 1.5", "argument --epochs: invalid int value: '1.5'"),
-        ("--temperature 0", "--temperature 0.0: must be a number above 0"),
-        ("--temperature nan", "--temperature nan: must be a number above 0"),
-        ("--lr -0.1", "--lr -0.1: must be a number above 0"),
-        ("--lr inf", "--lr inf: must be a number above 0"),
-        ("--weight-decay -1", "--weight-decay -1.0: must be a number at least 0"),
-        ("--warmup-epochs nan", "--warmup-epochs nan: must be a number at least 0"),
-        ("--save-minutes -1", "--save-minutes -1.0: must be a number at least 0"),
-        ("--crop-min-scale 1.5", "--crop-min-scale 1.5: must be a number above 0 and at most 1"),
-        ("--crop-min-scale 0", "--crop-min-scale 0.0: must be a number above 0 and at most 1"),
-        ("--blur 2", "--blur 2.0: must be a number at least 0 and at most 1"),
-        ("--workers 0", "--workers 0: must be a whole number above 0"),
-        ("--batch-size 1", "there are no negatives"),
-        ("--batch-size 201", "--batch-size 201: only 200 training images; give 200 or less"),
-        ("--micro-batch-size 48", "--micro-batch-size 48: must divide the batch size 64"),
-        ("--micro-batch-size 1", "--micro-batch-size 1: BN has nothing to compare"),
-        ("--backbone resnet19", "--backbone resnet19: choose one of resnet8, resnet101"),
-        ("--optimizer adam", "argument --optimizer: invalid choice: 'adam'"),
-        ("--amp fp8", "argument --amp: invalid choice: 'fp8'"),
-        ("--jitter-strength 9", "--jitter-strength: at most 2.5"),
-        ("--data /no/such/folder", "--data /no/such/folder: no such folder"),
-        ("--preset nice", "argument --preset: invalid choice: 'nice'"),
-        ("--image-size 4", "--image-size 4: must be at least 8"),
-        ("--loss-backend triton", "--loss-backend triton:"),
-        ("--device gpu", "--device gpu: not to be had here; give cpu or auto"),
-        ("--device meta", "--device meta: not to be had here"),
-        ("--device meta:x", "--device meta:x: not to be had here"),
-        ("--seed -1", "--seed -1: must be a whole number at least 0"),
-        ("--seed 18446744073709551616", "--seed 18446744073709551616: must be a whole number at least 0 and at most 2"),
-        ("--lr 1e308", "--lr 1e+308: must be a number above 0 and at most 1e+30"),
-        (f"--epochs 1{30 * '0'}", "0000: must be a whole number at least 0 and at most 2147483647"),
-    ],
-)
-def test_bad_flags(argv, words, few_shapes, tmp_path, capsys):
-    assert words in refused(capsys, *TINY, "--out", tmp_path, *argv.split())
-
-
-def test_a_piece_larger_than_a_batch_that_was_lowered(tmp_path, capsys):
-    flags = ["--data", photos(tmp_path / "photos", 60), "--preset", "paper", "--backbone", "resnet8", "--epochs", "1"]
-    assert outcome(capsys, *flags, "--image-size", 16, "--micro-batch-size", 256, "--out", tmp_path / "run")[0] == 0
-
-
-def test_an_empty_word(tmp_path, capsys):
-    assert refused(capsys, *TINY, "--out", tmp_path, "")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_a_gpu(tmp_path, capsys):
-    assert "--device cuda: not to be had here" in refused(capsys, *TINY, "--out", tmp_path, "--device", "cuda")
-
-
-def test_out_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert "cannot be written (Not a directory)" in refused(capsys, *TINY, "--out", tmp_path / "file" / "run")
-    (tmp_path / "run" / ".lock").mkdir(parents=True)  # the superuser may write anywhere
-    assert "cannot be written (Is a directory)" in refused(capsys, *TINY, "--out", tmp_path / "run")
-
-
-def test_half_a_torchrun(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE is set, but not by torchrun" in refused(capsys, *TINY, "--out", tmp_path)
-    assert "--device cuda:1: several processes are on the CPU" in refused(capsys, *TINY, "--device", "cuda:1")
+REFUSED = """
+simclr    --epoch 3                                           unrecognized arguments: --epoch 3; --help lists
+simclr    --zzz                                               unrecognized arguments: --zzz
+simclr    --temperatur 0.3                                    unrecognized arguments: --temperatur 0.3
+simclr    --compile on                                        unrecognized arguments: on
+simclr    --epochs                                            argument --epochs: expected one argument
+simclr    --epochs many                                       argument --epochs: invalid int value: 'many'
+simclr    --epochs 1.5                                        argument --epochs: invalid int value: '1.5'
+simclr    --epochs -1                                         --epochs -1: give a whole number, 0 or more
+simclr    --epochs 1 --warmup-epochs 2                        --epochs 1 --warmup-epochs 2.0: give warmup_epochs <
+simclr    --temperature 0                                     --temperature 0.0: give temperature > 0
+simclr    --temperature nan                                   --temperature nan: give a number, 0 or more
+simclr    --lr -0.1                                           --lr -0.1: give a number, 0 or more
+simclr    --lr inf                                            --lr inf: give a number, 0 or more
+simclr    --lr 0                                              --lr 0.0: give lr > 0
+simclr    --save-minutes -1                                   --save-minutes -1.0: give a number, 0 or more
+simclr    --crop-min-scale 1.5                                --crop-min-scale 1.5: give 0 < crop_min_scale <= 1
+simclr    --crop-min-scale 0                                  --crop-min-scale 0.0: give 0 < crop_min_scale <= 1
+simclr    --blur 2                                            --blur 2.0: give blur <= 1
+simclr    --jitter-strength 9                                 --jitter-strength 9.0: give jitter_strength <= 2.5
+simclr    --workers -1                                        --workers -1: give a whole number, 0 or more
+simclr    --seed -1                                           --seed -1: give a whole number, 0 or more
+simclr    --batch-size 0                                      --batch-size 0: give batch_size > 0
+simclr    --batch-size 1                                      --batch-size 1: give batch_size > 1
+simclr    --batch-size 201                                    --batch-size 201: there are 200 training images; give
+simclr    --micro-batch-size 1                                --micro-batch-size 1: give micro_batch_size != 1
+simclr    --micro-batch-size 48                               --micro-batch-size 48: give a divisor of 128
+simclr    --image-size 4                                      --image-size 4: give image_size >= 8
+simclr    --backbone resnet19                                 --backbone resnet19: Unknown model resnet19; give resnet8
+simclr    --backbone vgg11                                    --backbone vgg11
+simclr    --init nowhere.pt                                   --init nowhere.pt: No such file
+simclr    --optimizer adam                                    argument --optimizer: invalid choice: 'adam'
+simclr    --amp fp16                                          argument --amp: invalid choice: 'fp16'
+simclr    --preset nice                                       argument --preset: invalid choice: 'nice'
+simclr    --loss-backend triton                               --loss-backend triton
+simclr    --device gpu                                        --device gpu
+simclr    --device meta                                       --device meta
+simclr    --device cuda:77                                    --device cuda:77
+simclr    --device mps:x                                      --device mps:x
+simclr    --out /dev/null/run                                 --out /dev/null/run: Not a directory
+moco      --momentum 1.5                                      --momentum 1.5: give momentum <= 1
+moco      --queue-size 0                                      --queue-size 0: give queue_size > 0
+moco      --queue-size 201                                    --queue-size 201: give at most 200
+moco      --bn-splits 40                                      --batch-size 64 --bn-splits 40: give
+moco      --mechanism memory-bank --symmetric                 --symmetric True
+moco      --mechanism memory-bank --batch-size 200            --batch-size 200: give less than 200
+moco      --mechanism end-to-end --loss-backend blocked       --mechanism end-to-end --loss-backend blocked: give
+moco      --mechanism list                                    argument --mechanism: invalid choice: 'list'
+pairwise  --loss best                                         argument --loss: invalid choice: 'best'
+pairwise  --negatives hard                                    argument --negatives: invalid choice: 'hard'
+pairwise  --loss infonce --margin 7                           --margin: --loss infonce does not use it
+byol      --momentum 1.5                                      --momentum 1.5: give momentum <= 1
+byol      --blur-1 2                                          --blur-1 2.0: give blur_1 <= 1
+byol      --batch-size 1                                      --batch-size 1: give batch_size > 1
+byol      --loss-backend naive                                unrecognized arguments: --loss-backend naive
+simsiam   --projector-layers 0                                --projector-layers 0: give projector_layers > 0
+simsiam   --predictor none --head-bn all                      --head-bn all: --predictor none has no BN
+supcon    --loss cross-entropy --loss-backend blocked         --loss-backend blocked: cross-entropy has no kernel
+supcon    --base-temperature 0                                --base-temperature 0.0: give base_temperature > 0
+swav      --image-size 48                                     --image-size 48: --crops 2x32 begins with another side
+swav      --crops 1x32                                        --crops 1x32: give two crops or more
+swav      --crops 2x32,1x16 --small-crop-min-scale 0.9        --small-crop-min-scale 0.9
+swav      --queue-size 10                                     --queue-size 10: give queue_size >= batch_size
+swav      --queue-size 201 --queue-start-epoch 0              --queue-size 201: there are 200 training images
+swav      --queue-size 128 --queue-start-epoch 5              --queue-start-epoch 5: --epochs 1 is over by then
+swav      --prototypes 1                                      --prototypes 1: give prototypes > 1
+swav      --epsilon 0                                         --epsilon 0.0: give epsilon > 0
+swav      --final-lr-scale 2                                  --final-lr-scale 2.0: give final_lr_scale <= 1
+"""
+REFUSED = [re.split("  +", line) for line in REFUSED.strip().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        ({"epochs": 2.0}, "--epochs 2.0: must be a whole number at least 0"),
-        ({"epochs": True}, "--epochs True: must be a whole number at least 0"),
-        ({"compile": 1}, "--compile 1: must be bool"),
-        ({"lr": "0.1"}, "--lr 0.1: must be a number above 0"),
-        ({"lr": None}, "--lr None: must be a number above 0"),
-        ({"out": 3}, "--out 3: must be str"),
-        ({"optimizer": "adam"}, "--optimizer adam: choose one of lars, sgd"),
-    ],
-)
-def test_from_python_a_wrong_value_is_an_input_error(given, words):
-    for make in (simclr.Config, lambda **given: simclr.Config.preset("demo", **given)):
-        with pytest.raises(common.InputError, match=f"^{re.escape(words)}$"):
-            make(**given)
-    with pytest.raises(common.InputError, match="--preset nice: choose one of paper, cifar, demo"):
+@pytest.mark.parametrize("method, flags, words", REFUSED, ids=[f"{method} {flags}" for method, flags, _ in REFUSED])
+def test_what_cannot_run_is_one_line_with_advice(method, flags, words, tmp_path, capsys, monkeypatch):
+    if {"triton", "cuda:77"} & {*flags.split()} and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # on a CPU the kernels run in the interpreter alone
+    line = refusal(importlib.import_module(method), flags.split(), tmp_path / "run", capsys)
+    assert line.startswith("error: ") and words in line
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_number_of_every_method_is_finite_and_at_least_0(method):
+    config = importlib.import_module(method).Config
+    for name, kind in common.flags(config).items():
+        for value in {int: (-1, 1.5, True, "1", None), float: (-0.1, np.inf, np.nan, "1", None)}.get(kind, (3, None)):
+            with pytest.raises(common.InputError, match=f"^{re.escape(f'{common.dashed(name)} {value}: give ')}"):
+                config.preset("demo", **{name: value})
+
+
+def test_numbers_of_numpy_and_whole_numbers_for_others_are_taken():
+    c = simclr.Config(lr=1, epochs=np.int64(20), temperature=np.float32(0.5), batch_size=64.0)
+    assert [type(getattr(c, name)) for name in ("lr", "epochs", "temperature", "batch_size")] == [
+        float,
+        int,
+        float,
+        int,
+    ]
+    with pytest.raises(common.InputError, match="--preset nice: give one of paper, cifar, demo, photos"):
         simclr.Config.preset("nice")
-    assert simclr.Config(lr=1).lr == 1  # a whole number is a float, too
 
 
-def test_the_script_itself_exits_with_one_line():
+def test_an_empty_word_and_the_script_itself(tmp_path, capsys):
     """In a process of its own, for the exit status that a shell sees."""
+    assert outcome(capsys, *TINY, "--out", tmp_path, "")[0] == 2
     done = python("simclr.py", "--batch-size", "0")
-    assert (done.returncode, done.stdout, done.stderr) == (
-        2,
-        "",
-        "error: --batch-size 0: must be a whole number above 0\n",
-    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --batch-size 0: give batch_size > 0\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-
-
-def test_folders_without_a_picture(tmp_path, capsys):
-    (tmp_path / "photos").mkdir()
-    flags = ["--data", tmp_path / "photos", "--out", tmp_path / "run"]
-    assert "no image to train on: it is empty" in refused(capsys, *flags)
-    (tmp_path / "photos" / "notes.txt").write_text("no picture")
-    assert "no image to train on: 1 of type .txt" in refused(capsys, *flags)
-    (tmp_path / "photos" / "a.jpg").write_text("no picture")
-    status, err = outcome(capsys, *flags)  # a line names the file
-    assert status == 2 and err.count("\n") == 2 and f"warning: skipped {tmp_path / 'photos' / 'a.jpg'}" in err
-    assert err.splitlines()[-1].startswith("error: ") and "no image to train on: 1 of type .txt, 1 not an image" in err
-
-
-def test_one_picture_is_too_few(tmp_path, capsys):
-    flags = ["--data", photos(tmp_path / "one", 1, classes=None), "--out", tmp_path / "run", "--backbone", "resnet8"]
-    assert "only 1 image to train on" in refused(capsys, *flags)
+def test_weights_that_do_not_fit_are_refused_with_the_key(tmp_path):
+    c, path = simclr.Config.preset("demo"), tmp_path / "w.pth"
+    good = common.build_backbone(c).state_dict()
+    for state, words in (
+        (good | {"layer9.x": good["bn1.bias"]}, "layer9.x"),
+        ({n: v for n, v in good.items() if n != "layer1.conv2.weight"}, "layer1.conv2.weight"),
+        (good | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "conv1.weight"),
+        ([1], ""),
+    ):
+        torch.save(state, path)
+        with pytest.raises(common.InputError, match=f"^--init {path}: .*{words}") as error:
+            common.build_backbone(simclr.Config.preset("demo", init=str(path)))
+        assert "\n" not in str(error.value)
+    with pytest.raises(common.InputError, match="^--init imagenet: .*give random, imagenet, or a file"):
+        common.build_backbone(simclr.Config.preset("demo", init="imagenet"))  # torchvision has none of resnet8
 
 
 # ------------------------------------------------------------------------------------------- a run that was there
-
-
-def edited(folder, old, new):
-    path = folder / "config.json"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-def test_resume_of_what_cannot_be_resumed(few_shapes, tmp_path, capsys):
-    resume = ["--out", tmp_path / "run", "--resume"]
-    assert outcome(capsys, *TINY, *resume)[0] == 0  # a script that restarts need not know whether there is a run
-    assert outcome(capsys, "--preset", "demo", *resume)[0] == 0
-    words = "--preset cifar: the run in"
-    assert words in refused(capsys, "--preset", "cifar", *resume)
-    path, whole = tmp_path / "run" / "checkpoint.pt", (tmp_path / "run" / "checkpoint.pt").read_bytes()
-
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "is not a whole checkpoint" in refused(capsys, *resume)
-    torch.save({"method": "simclr"}, path)
-    assert "is not a whole checkpoint" in refused(capsys, *resume)
-    path.write_bytes(whole)
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"method": "other"}, path)
-    assert "a checkpoint of other, not of simclr" in refused(capsys, *resume)
-    path.write_bytes(whole)
-
-    edited(tmp_path / "run", '"epochs": 1', '"epochs": "1"')
-    assert "--epochs 1: must be a whole number at least 0" in refused(capsys, *resume)
-    edited(tmp_path / "run", '"method": "simclr"', '"method": "moco"')
-    assert "holds a run of moco" in refused(capsys, *resume)
-    (tmp_path / "run" / "config.json").write_text("{")
-    assert "config.json cannot be read" in refused(capsys, *resume)
-    assert path.read_bytes() == whole
 
 
 class Trap:
@@ -223,59 +175,80 @@ class Trap:
         return (Path.touch, (Path("trapped"),))
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+def test_a_checkpoint_or_weights_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"method": Trap()}, "checkpoint.pt")
-    for read in (lambda: common.load_checkpoint(Path("checkpoint.pt")), lambda: common.load_run(".")):
-        with pytest.raises(common.InputError, match="is not a whole checkpoint"):
+    torch.save({"method": Trap(), "span": None}, "checkpoint.pt")
+    reads = [lambda: common.load_checkpoint("."), lambda: common.load_run(".")]
+    reads.append(lambda: common.build_backbone(simclr.Config.preset("demo", init="checkpoint.pt")))
+    for read in reads:
+        with pytest.raises(common.InputError, match="checkpoint.pt"):
             read()
     assert not Path("trapped").exists()
 
 
-def test_resume_with_another_network_or_other_steps(few_shapes, tmp_path, capsys):
-    assert outcome(capsys, *TINY, "--out", tmp_path)[0] == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+def test_resume_of_what_cannot_be_resumed(tmp_path, capsys):
+    """Whatever is wrong, the checkpoint that is there stays."""
+    run, path = tmp_path / "run", tmp_path / "run" / "checkpoint.pt"
+    resume = ["--resume", run]
+    assert "Not a directory" in outcome(capsys, *TINY, "--resume", "/dev/null/run")[1]
+    assert outcome(capsys, *TINY, *resume)[0] == 0  # a script that restarts need not know whether there is a run
+    whole, config = path.read_bytes(), (run / "config.json").read_text()
+    texts = {
+        "": "config.json",
+        "{": "config.json",
+        "[]": "config.json",
+        '{"method": "simclr", "zzz": 1}': "config.json",
+    }
+    texts |= {
+        config.replace('"simclr"', '"moco"', 1): "a run of moco.py",
+        config.replace("64", '"64"', 1): "--batch-size",
+    }
+    texts[config.replace("16", "-1", 1)] = "--image-size -1"
+    for text, words in texts.items():
+        (run / "config.json").write_text(text)
+        status, err = outcome(capsys, *resume)
+        assert status == 2 and err.count("\n") == 1 and words in err, err
+    (run / "config.json").write_text(config)
     for flags, words in (
         ("--projection-dim 32", "--projection-dim was 64, now it is 32"),
-        ("--optimizer lars", "--optimizer was sgd, now it is lars"),
-        ("--batch-size 32", "--batch-size was 64, now it is 32"),
         ("--seed 1", "--seed was 0, now it is 1"),
+        ("--preset cifar", "was"),
+        ("--out elsewhere", "--out"),
     ):
-        err = refused(capsys, "--out", tmp_path, "--resume", "--epochs", "2", *flags.split())
-        assert err.startswith("error: --resume:") and words in err
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+        status, err = outcome(capsys, *resume, *flags.split())
+        assert status == 2 and err.count("\n") == 1 and words in err, err
+    assert path.read_bytes() == whole
+    for content in (whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        status, err = outcome(capsys, *resume)
+        assert status == 2 and err.count("\n") == 1 and str(path) in err
 
 
 # ----------------------------------------------------------------------------------------------- a run that fails
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(few_shapes, tmp_path, capsys):
-    flags = [*TINY, "--out", tmp_path, "--warmup-epochs", "0"]
-    status, err = outcome(capsys, *flags, "--lr", "1e30")
-    assert status == 1 and err.count("\n") == 1 and "none was written yet" in err
-    assert re.match(r"error: .* at step [123] of 3; --lr is likely too high; ", err)
-    assert outcome(capsys, *flags)[0] == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    status, err = outcome(capsys, "--out", tmp_path, "--resume", "--epochs", "3", "--lr", "1e30")
-    assert status == 1 and err.count("\n") == 1 and "the last good one is kept in" in err
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    out = train(simclr, tmp_path / "run")["out"]
+    before = saved(out)
+    status, err = outcome(capsys, "--resume", out, "--epochs", "3", "--lr", "1e30")
+    assert status == 1 and err.count("\n") == 1
+    assert re.match(rf"error: .* is not finite at step [456] of 9; give a lower --lr; {out}/checkpoint.pt is", err)
+    assert saved(out, "step") == 3 and equal(saved(out), before)
 
 
 @pytest.mark.parametrize("where", ["projector.0.weight", "backbone.bn1.running_var"])
-def test_a_weight_that_is_not_finite_is_never_saved(where, few_shapes, tmp_path, capsys, monkeypatch):
+def test_a_weight_that_is_not_finite_is_never_saved(where, tmp_path, capsys, monkeypatch):
     """The loss of the last step says nothing about the weights after it."""
-    assert outcome(capsys, *TINY, "--out", tmp_path)[0] == 0
-    before, log = (tmp_path / "checkpoint.pt").read_bytes(), common.Run.log
+    out = train(simclr, tmp_path)["out"]
 
-    def spoil(run, *rest):
+    def spoil(run, *_):
         if run.step == 5:
             run.model.state_dict()[where].flatten()[3] = float("inf")
-        log(run, *rest)
 
-    monkeypatch.setattr(common.Run, "log", spoil)
-    status, err = outcome(capsys, "--out", tmp_path, "--resume", "--epochs", "2")
+    at_each_step(monkeypatch, spoil)
+    status, err = outcome(capsys, "--resume", out, "--epochs", "2")
     assert status == 1 and err.startswith(f"error: {where} is not finite at step 6 of 6") and err.count("\n") == 1
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert saved(tmp_path, "step") == 3 and all(torch.isfinite(value).all() for value in saved(tmp_path).values())
 
 
 @contextmanager
@@ -291,134 +264,50 @@ def a_full_disk(size):
         signal.signal(signal.SIGXFSZ, usual)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(few_shapes, tmp_path, capsys):
-    assert outcome(capsys, *TINY, "--out", tmp_path)[0] == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    out = train(simclr, tmp_path / "run")["out"]
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     with a_full_disk(100_000):
-        status, err = outcome(capsys, "--out", tmp_path, "--resume", "--epochs", "2")
-    assert status == 1 and "cannot write" in err and "is kept" in err and err.count("\n") == 1
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob("*.part"))
-    assert outcome(capsys, "--out", tmp_path, "--resume", "--epochs", "2")[0] == 0
-    assert not equal(before, (tmp_path / "checkpoint.pt").read_bytes())
-
-
-def test_a_folder_that_goes_away_is_not_a_full_disk(few_shapes, tmp_path, capsys, monkeypatch):
-    save = common.Run.save
-    monkeypatch.setattr(common.Run, "save", lambda run: shutil.rmtree(run.out) or save(run))
-    status, err = outcome(capsys, *TINY, "--out", tmp_path / "run")
-    assert status == 1 and err.count("\n") == 1 and "disk" not in err
-    assert err.startswith(f"error: cannot write {tmp_path}/run/checkpoint.pt (No such file or directory); none was")
-
-
-def test_a_full_disk_in_a_fresh_run(few_shapes, tmp_path, capsys):
+        status, err = outcome(capsys, "--resume", out, "--epochs", "2")
+        assert status == 1 and "checkpoint.pt" in err and "File too large" in err and err.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before and not [*tmp_path.glob("run/*.part")]
     with a_full_disk(8_000):  # not even views.png
-        status, err = outcome(capsys, *TINY, "--out", tmp_path)
+        status, err = outcome(capsys, *TINY, "--out", tmp_path / "new")
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert outcome(capsys, "--resume", out, "--epochs", "2")[0] == 0 and saved(out, "step") == 6
 
 
-# --------------------------------------------------------------------------------------- what each method refuses
+DAEMONIC = """
+import multiprocessing, sys
+import common, simclr
 
-REFUSED = {
-    simclr: [
-        (["--batch-size", "1"], "--batch-size 1: there are no negatives; give 2 or more"),
-        (["--temperature", "0"], "--temperature 0.0: must be a number above 0"),
-        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
-        (["--projection-head", "conv"], "argument --projection-head: invalid choice: 'conv'"),
-        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
-    ],
-    moco: [
-        (["--momentum", "1.5"], "--momentum 1.5: must be a number at least 0 and at most 1"),
-        (["--temperature", "-1"], "--temperature -1.0: must be a number above 0"),
-        (["--version", "1"], "unknown --version"),
-        (["--preset", "paper-v3"], "argument --preset: invalid choice: 'paper-v3'"),
-        (["--queue-size", "0"], "--queue-size 0: there are no negatives"),
-        (["--mechanism", "list"], "argument --mechanism: invalid choice: 'list'"),
-        (["--bn-splits", "40", "--batch-size", "64"], "--bn-splits 40: for a batch of 64 give 32 or less"),
-        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a memory bank has one vector an image"),
-        (["--mechanism", "memory-bank", "--batch-size", "200"], "--batch-size 200: leaves no other image"),
-        (["--mechanism", "end-to-end", "--batch-size", "1"], "--batch-size 1: no negatives"),
-        (["--mechanism", "end-to-end", "--loss-backend", "blocked"], "--loss-backend blocked: end-to-end has"),
-        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
-    ],
-    pairwise: [
-        (["--loss", "best"], "argument --loss: invalid choice: 'best'"),
-        (["--margin", "0"], "--margin 0.0: must be a number above 0"),
-        (["--epsilon", "-1"], "--epsilon -1.0: must be a number at least 0"),
-        (["--negatives", "hard"], "argument --negatives: invalid choice: 'hard'"),
-        (["--batch-size", "1"], "--batch-size 1: there are no negatives; give 2 or more"),
-        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
-    ],
-    byol: [
-        (["--momentum", "1.5"], "--momentum 1.5: must be a number at least 0 and at most 1"),
-        (["--blur-1", "-1"], "--blur-1 -1.0: must be a number at least 0 and at most 1"),
-        (["--batch-size", "1"], "--batch-size 1: BN has nothing to compare then"),
-        (["--jitter-strength", "6"], "--jitter-strength: at most 5"),
-        (["--optimizer", "adam"], "argument --optimizer: invalid choice: 'adam'"),
-        (["--preset", "paper-200"], "argument --preset: invalid choice: 'paper-200'"),
-        (["--loss-backend", "naive"], "unknown --loss-backend"),
-    ],
-    simsiam: [
-        (["--predictor", "linear"], "argument --predictor: invalid choice: 'linear'"),
-        (["--batch-size", "1"], "--batch-size 1: BN has nothing to compare then"),
-        (["--jitter-strength", "6"], "--jitter-strength: at most 5"),
-        (["--warmup-epochs", "nan"], "--warmup-epochs nan: must be a number at least 0"),
-        (["--projector-layers", "0"], "--projector-layers 0: must be a whole number above 0"),
-        (["--predictor", "none", "--head-bn", "all"], "--head-bn all: there is no predictor"),
-        (["--loss-backend", "naive"], "unknown --loss-backend"),
-    ],
-    supcon: [
-        (["--loss", "triplet"], "argument --loss: invalid choice: 'triplet'"),
-        (
-            ["--loss", "cross-entropy", "--loss-backend", "blocked"],
-            "--loss-backend blocked: cross-entropy has no kernel",
-        ),
-        (["--temperature", "-1"], "--temperature -1.0: must be a number above 0"),
-        (["--base-temperature", "0"], "--base-temperature 0.0: must be a number above 0"),
-        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
-        (["--batch-size", "1"], "--batch-size 1: there are no negatives"),
-        (["--loss-backend", "triton"], "--loss-backend triton: backend='triton' takes"),
-        (["--stage", "2"], "unknown --stage"),
-    ],
-    swav: [
-        (
-            ["--image-size", "48"],
-            "--image-size 48: the first of --crops 2x32 must be of that side; give both, such as --crops 2x48",
-        ),
-        (["--crops", "1x32"], "--crops 1x32: give two or more"),
-        (["--batch-size", "1"], "--batch-size 1: one image has no clusters"),
-        (
-            ["--crops", "2x32,1x16", "--small-crop-min-scale", "0.9"],
-            "--small-crop-min-scale: at most --crop-min-scale",
-        ),
-        (["--small-crop-min-scale", "0"], "--small-crop-min-scale 0.0: must be a number above 0 and at most 1"),
-        (["--queue-size", "100", "--batch-size", "128"], "--queue-size 100: give 0, or at least the batch's 128"),
-        (["--epsilon", "0"], "--epsilon 0.0: must be a number above 0"),
-        (["--prototypes", "1"], "--prototypes 1: there is nothing to tell apart"),
-        (["--prototypes", "0"], "--prototypes 0: must be a whole number above 0"),
-        (["--final-lr-scale", "2"], "--final-lr-scale 2.0: must be a number at least 0 and at most 1"),
-        (["--jitter-strength", "9"], "--jitter-strength: at most 2.5"),
-        (["--loss-backend", "naive"], "unknown --loss-backend"),
-    ],
-}
+def work(workers):
+    with common.exit_status():
+        simclr.train(common.parse_args(simclr.Config, [*sys.argv[1:], "--workers", workers]))
+
+for workers in ("1", "0"):
+    process = multiprocessing.get_context("fork").Process(target=work, args=(workers,), daemon=True)
+    process.start()
+    process.join()
+    print("ended with", process.exitcode)
+"""
 
 
-@pytest.mark.parametrize(
-    "method, flags, words",
-    [pytest.param(m, *row, id=" ".join([m.__name__, *row[0]])) for m, rows in REFUSED.items() for row in rows],
-)
-def test_what_a_method_cannot_run_is_one_line(method, flags, words, few_shapes, tmp_path, capsys, monkeypatch):
-    if "triton" in flags and torch.cuda.is_available():
-        pytest.skip("triton runs here")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert words in refusal(method, flags, tmp_path, capsys)
+def test_a_daemonic_process_which_cannot_start_workers_decodes_itself(photos, tmp_path):
+    """A worker of multiprocessing.Pool is one."""
+    done = python(
+        "-c", DAEMONIC, *TINY, "--data", photos, "--resident-gb", "0", "--batch-size", "110", "--out", tmp_path
+    )
+    assert re.findall("ended with .*", done.stdout) == ["ended with 0", "ended with 0"], done.stderr
 
 
-@pytest.mark.parametrize("method, loss", [(simclr, "nt_xent"), (supcon, "sup_con out"), (moco, "info_nce")])
-def test_without_kernels_the_naive_loss_runs_and_another_is_refused(
-    method, loss, few_shapes, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(method, "kernels", None)
-    given = {"epochs": 1, "batch_size": 64, "knn_every": 0, "hidden_dim": 32, "projection_dim": 16}
-    method.train(method.Config.preset("demo", **given, out=str(tmp_path)))
-    assert f"{loss}, naive;" in capsys.readouterr().out
-    assert "the folder kernels/ is not here" in refusal(method, ["--loss-backend", "blocked"], tmp_path, capsys)
+def test_a_folder_without_two_pictures(tmp_path, capsys):
+    """Every other folder is tested in test_images.py."""
+    (tmp_path / "photos").mkdir()
+    flags = ["--data", tmp_path / "photos", "--out", tmp_path / "run"]
+    for found in ("0 picture", "1 picture"):
+        with pytest.raises(SystemExit) as end, common.exit_status():
+            simclr.train(common.parse_args(simclr.Config, [str(flag) for flag in flags]))
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and f"--data {tmp_path}/photos: {found}" in err and err.count("\n") == 1
+        Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(tmp_path / "photos" / "a.png")

@@ -17,11 +17,11 @@ from tests.helpers import (
     recipe,
     resumes_bit_for_bit,
     saved,
+    train,
     trains_in_pieces,
 )
 
 SMALL = {"image_size": 16, "hidden_dim": 32, "projection_dim": 16, "momentum": 0.9}
-TINY = SMALL | {"epochs": 1, "batch_size": 64, "knn_every": 0, "warmup_epochs": 0.0}
 
 
 def config(**given):
@@ -121,7 +121,7 @@ def by_hand(model, v1, v2, symmetric):
     [{}, {"symmetric": False}, {"predictor": False}, {"momentum": 0.0}, {"momentum": 1.0}],
     ids=lambda f: "-".join(f"{k}-{v}" for k, v in f.items()) or "default",
 )
-def test_a_step_is_sgd_on_equation_2_then_the_moving_average(flags, few_shapes, tmp_path, monkeypatch):
+def test_a_step_is_sgd_on_equation_2_then_the_moving_average(flags, tmp_path, monkeypatch):
     """With the learning rate scaled by N/256, no weight decay on BN and biases, and the target after theta's step."""
     given = SMALL | {"momentum": 0.5, "lr": 0.4, "optimizer": "sgd"} | flags
     metrics, start, views = one_step(byol, given, tmp_path, monkeypatch)
@@ -139,7 +139,7 @@ def test_a_step_is_sgd_on_equation_2_then_the_moving_average(flags, few_shapes, 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_order_of_a_step(symmetric, few_shapes, tmp_path, monkeypatch):
+def test_the_order_of_a_step(symmetric, tmp_path, monkeypatch):
     """One view at a time, through the online network and, in train mode and without a gradient, the target; then SGD,
     then the moving average by the tau of this step."""
     events, embed, step, update = [], byol.BYOL.embed, torch.optim.SGD.step, byol.BYOL.update_target
@@ -162,14 +162,14 @@ def test_the_order_of_a_step(symmetric, few_shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(byol.BYOL, "embed", online)
     monkeypatch.setattr(byol.BYOL, "update_target", moved)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: events.append("step") or step(*a, **k))
-    byol.train(config(**TINY, optimizer="sgd", symmetric=symmetric, out=str(tmp_path)))
+    train(byol, tmp_path, **SMALL, optimizer="sgd", symmetric=symmetric)
     pair = [("online", 64, True, True), ("target", 64, True, False)]
     passes = pair * 2 if symmetric else pair
     assert events == sum([[*passes, "step", ("moved", byol.tau_at(k, 3, 0.9))] for k in range(3)], [])
 
 
-def test_the_target_has_statistics_of_its_own(few_shapes, tmp_path):
-    byol.train(config(**TINY, out=str(tmp_path)))
+def test_the_target_has_statistics_of_its_own(tmp_path):
+    train(byol, tmp_path, **SMALL)
     state = saved(tmp_path)
     ours, theirs = (state[prefix + "bn1.running_mean"] for prefix in ("backbone.", "target.0."))
     assert theirs.abs().sum() > 0 and not torch.equal(ours, theirs)
@@ -194,37 +194,34 @@ def test_heads_layer_by_layer():
     assert isinstance(none.predictor, nn.Identity) and len(none.target) == 2
 
 
-PAPER = {
-    **{"epochs": 1000, "batch_size": 4096, "lr": 0.2, "optimizer": "lars", "weight_decay": 1.5e-6},
-    **{"warmup_epochs": 10.0, "momentum": 0.996, "predictor": True, "symmetric": True, "hidden_dim": 4096},
-    **{"projection_dim": 256, "crop_min_scale": 0.08, "jitter_strength": 1.0},
-    **{"blur_1": 1.0, "blur_2": 0.1, "solarize_1": 0.0, "solarize_2": 0.2},
-    **{"backbone": "resnet50", "image_size": 224, "stem": "imagenet"},
-}
+PAPER = dict(
+    epochs=1000, batch_size=4096, lr=0.2, optimizer="lars", weight_decay=1.5e-6, warmup_epochs=10.0, momentum=0.996,
+    predictor=True, symmetric=True, hidden_dim=4096, projection_dim=256, crop_min_scale=0.08, jitter_strength=1.0,
+    blur_1=1.0, blur_2=0.1, solarize_1=0.0, solarize_2=0.2, backbone="resnet50", image_size=224, stem="imagenet",
+)  # fmt: skip
 PAPER_300 = PAPER | {"epochs": 300, "lr": 0.3, "momentum": 0.99, "weight_decay": 1e-6}
 PAPER_100 = PAPER | {"epochs": 100, "lr": 0.45, "momentum": 0.99, "weight_decay": 1e-6}
-CIFAR = PAPER | {  # ours
-    **{"data": "cifar10", "backbone": "resnet18", "image_size": 32, "stem": "cifar", "epochs": 800, "batch_size": 256},
-    **{"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "momentum": 0.99, "hidden_dim": 2048},
-    **{"blur_1": 0.0, "blur_2": 0.0},
-}
+CIFAR = PAPER | dict(  # ours
+    data="cifar10", backbone="resnet18", image_size=32, stem="cifar", epochs=800, batch_size=256, optimizer="sgd",
+    lr=0.1, weight_decay=5e-4, momentum=0.99, hidden_dim=2048, blur_1=0.0, blur_2=0.0,
+)  # fmt: skip
+PHOTOS = {"backbone": "resnet18", "image_size": 128}  # ours
+PRESETS = {"paper": PAPER, "paper-300": PAPER_300, "paper-100": PAPER_100, "cifar": CIFAR, "photos": PHOTOS}
 
 
-@pytest.mark.parametrize(
-    "preset, published", [("paper", PAPER), ("paper-300", PAPER_300), ("paper-100", PAPER_100), ("cifar", CIFAR)]
-)
+@pytest.mark.parametrize("preset, published", PRESETS.items(), ids=PRESETS)
 def test_presets_are_as_published(preset, published):
     c = byol.Config.preset(preset)
     assert {name: getattr(c, name) for name in published} == published
 
 
-def test_the_two_kinds_of_views_are_table_6(few_shapes, tmp_path, monkeypatch):
+def test_the_two_kinds_of_views_are_table_6(tmp_path, monkeypatch):
     def views(c, blur, solarized):
         return recipe(byol, monkeypatch, c, blur, solarized)
 
     jitter = ("color_jitter", 0.8, 0.4, 0.4, 0.2, 0.1)
     assert views(byol.Config(), 0.1, 0.2) == [
-        ("flip", 0.5), jitter, ("grey", 0.2), ("gaussian_blur", 0.1), ("solarize", 0.2)
+        ("hflip", 0.5), jitter, ("grey", 0.2), ("gaussian_blur", 0.1), ("solarize", 0.2)
     ]  # fmt: skip
     assert views(byol.Config(jitter_strength=2.0), 1.0, 0.0)[1:] == [
         ("color_jitter", 0.8, 0.8, 0.8, 0.4, 0.2), ("grey", 0.2), ("gaussian_blur", 1.0), ("solarize", 0.0)
@@ -232,24 +229,23 @@ def test_the_two_kinds_of_views_are_table_6(few_shapes, tmp_path, monkeypatch):
     asked, augment = [], byol.augment
     monkeypatch.setattr(byol, "augment", lambda x, c, *p: asked.append(p) or augment(x, c, *p))
     given = {"blur_1": 1.0, "blur_2": 0.1, "solarize_1": 0.05, "solarize_2": 0.2}
-    byol.train(config(**TINY | {"batch_size": 200}, **given, out=str(tmp_path)))
+    train(byol, tmp_path, **SMALL | given, batch_size=200)
     assert asked == [(1.0, 0.05), (0.1, 0.2)]
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
-def test_the_optimizer(optimizer, few_shapes, tmp_path):
-    c = config(**TINY, optimizer=optimizer, weight_decay=1e-3, out=str(tmp_path))
-    byol.train(c)
+def test_the_optimizer(optimizer, tmp_path):
+    train(byol, tmp_path, **SMALL, optimizer=optimizer, weight_decay=1e-3)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["optimizer"][0].lower() == optimizer
     weights, rest = saved(tmp_path, "optimizer")["param_groups"]
     assert (weights["weight_decay"], rest["weight_decay"], weights["momentum"]) == (1e-3, 0.0, 0.9)
     assert weights["adapt"] and not rest["adapt"] and not weights.get("lr_in_momentum", False)
-    trained = [p for p in byol.BYOL(c).parameters() if p.requires_grad]
+    trained = [p for p in byol.BYOL(config()).parameters() if p.requires_grad]
     assert len(weights["params"]) == sum(p.ndim > 1 for p in trained)
     assert len(rest["params"]) == sum(p.ndim == 1 for p in trained)
 
 
-def test_the_schedule_and_the_crops(few_shapes, tmp_path, monkeypatch, capsys):
+def test_the_schedule_and_the_crops(tmp_path, monkeypatch, capsys):
     qs, init = [], byol.BYOL.__init__
 
     def keep(self, c):
@@ -260,10 +256,9 @@ def test_the_schedule_and_the_crops(few_shapes, tmp_path, monkeypatch, capsys):
     rates, logged = follows_the_schedule(byol, SMALL | {"lr": 0.4}, tmp_path, monkeypatch)
     assert rates == [pytest.approx([0.1 * share] * 2) for share in WARM_UP_AND_COSINE]
     assert len(qs) == 12 and all(torch.equal(z, q) for (z, *_), q in zip(logged, qs[::2], strict=True))  # q(z) of v1
-    out = " ".join(capsys.readouterr().out.split())
-    assert "peak lr 0.1 (--lr 0.4 x 64 / 256)" in out
-    assert "byol_loss, mean over N = 64 images; the sum of both directions, 0 to 8" in out
-    assert "moving average, tau from 0.9 to 1 by a cosine" in out
+    out = capsys.readouterr().out
+    assert "peak learning rate 0.1\n" in out and "byol_loss, the sum of both directions, 0 to 8" in out
+    assert "the target is a moving average, tau from 0.9 to 1" in out
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -272,32 +267,30 @@ def test_the_schedule_and_the_crops(few_shapes, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, target",
     [
-        ({"amp": "bf16", "blur_1": 1.0, "solarize_2": 0.2}, "moving average, tau from 0.9"),
+        ({"amp": "bf16", "blur_1": 1.0, "solarize_2": 0.2}, "a moving average, tau from 0.9"),
         ({"optimizer": "lars", "symmetric": False, "momentum": 0.0}, "the online network itself"),
-        ({"predictor": False, "momentum": 1.0}, "fixed, its backbone's weights random"),
+        ({"predictor": False, "momentum": 1.0}, "fixed at its first weights"),
     ],
     ids=lambda f: "-".join(map(str, f.values())) if isinstance(f, dict) else "",
 )
-def test_options_run_and_load_back(flags, target, few_shapes, tmp_path, capsys):
-    metrics = byol.train(config(**TINY | flags, out=str(tmp_path)))
-    assert math.isfinite(metrics["loss"])
-    out = " ".join(capsys.readouterr().out.split())
-    assert f"target {target}" in out and ("both directions" in out) == flags.get("symmetric", True)
+def test_options_run_and_load_back(flags, target, tmp_path, capsys):
+    assert math.isfinite(train(byol, tmp_path, **SMALL | flags)["loss"])
+    out = capsys.readouterr().out
+    assert f"the target is {target}" in out and ("both directions" in out) == flags.get("symmetric", True)
     c, model = common.load_run(tmp_path)
     assert {name: getattr(c, name) for name in flags} == flags
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
 
 
-def test_pieces(few_shapes, tmp_path):
+def test_pieces(tmp_path):
     trains_in_pieces(byol, SMALL, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_an_interrupted_run_resumes_bit_for_bit(optimizer, few_shapes, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(optimizer, tmp_path, monkeypatch):
     """Both networks, tau and the optimizer end where a whole run ends."""
-    given = TINY | {"epochs": 3, "batch_size": 32, "optimizer": optimizer}
-    whole, resumed = resumes_bit_for_bit(byol, given, tmp_path, monkeypatch)
+    whole, resumed = resumes_bit_for_bit(byol, SMALL | {"optimizer": optimizer}, tmp_path, monkeypatch)
     assert whole["loss"] == resumed["loss"] and any(name.startswith("target.") for name in saved(tmp_path / "cut"))
 
 

@@ -1,6 +1,7 @@
-"""CEBRA: its loss, what is drawn as a positive or a negative, its encoder, and runs of the script."""
+"""CEBRA: its loss, the draws of positives and negatives, the encoder, recordings, and whole runs."""
 
 import csv
+import json
 import math
 import sys
 
@@ -25,7 +26,7 @@ def track():
 
 @pytest.fixture(autouse=True)
 def no_picture(request, monkeypatch):
-    """It takes longer than a run here."""
+    """A picture takes longer than a run does here."""
     if request.node.originalname not in ("test_a_run", "test_without_matplotlib_there_is_no_picture"):
         monkeypatch.setattr(cebra, "picture", lambda *_: None)
 
@@ -41,7 +42,7 @@ def sampler(behavior=None, labels=None, samples=300, **given):
 
 
 def follows(drawn, probability):
-    """A chi-squared test of the times drawn; the times that should never be drawn are not."""
+    """The times drawn pass a chi-squared test of `probability`, and times of probability 0 are never drawn."""
     count = torch.as_tensor(drawn).bincount(minlength=len(probability)).double()
     expected = torch.as_tensor(probability, dtype=torch.float64) * len(drawn)
     assert not count[expected == 0].any()
@@ -54,7 +55,7 @@ def follows(drawn, probability):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
-def test_the_loss_is_the_paper_s(similarity):
+def test_the_loss_is_that_of_the_paper(similarity):
     torch.manual_seed(0)
     z, positive, negatives = torch.randn(5, 3).double(), torch.randn(5, 3).double(), torch.randn(7, 3).double()
     if similarity == "cosine":
@@ -64,7 +65,7 @@ def test_the_loss_is_the_paper_s(similarity):
         -psi(x, y) + math.log(sum(math.exp(psi(x, other)) for other in negatives))
         for x, y in zip(z, positive, strict=True)
     ]
-    found = cebra.info_nce(z, positive, negatives, 0.3, similarity)
+    found = cebra.info_nce(z, positive, negatives, 0.3, similarity == "cosine")
     assert found.item() == pytest.approx(sum(each).item() / 5, abs=1e-12)
 
 
@@ -77,7 +78,7 @@ def test_the_kernels_give_the_same_loss_and_gradients(mode, track):
     s, found = recordings.pad(recording.spikes.double(), model.field), []
     for backend in ("naive", "blocked"):
         model.zero_grad()
-        loss = cebra.loss_of(model, s, drawn, c, backend)
+        loss = cebra.loss_of(model, s, drawn, backend)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     z, negatives, *positives = (model(s.unfold(0, 10, 1)[times].mT).squeeze(1) for times in drawn)
@@ -222,9 +223,9 @@ def test_a_convolution_is_torch_s():
 
 
 def test_what_a_skip_adds_to():
-    skip, x = cebra.Skip(4), torch.randn(2, 9, 4)
-    torch.nn.init.zeros_(skip.conv.product.weight)
-    torch.nn.init.zeros_(skip.conv.product.bias)
+    skip, x = cebra.Skip(4, 4, 3), torch.randn(2, 9, 4)
+    torch.nn.init.zeros_(skip.product.weight)
+    torch.nn.init.zeros_(skip.product.bias)
     assert torch.equal(skip(x), x[:, 1:-1])
 
 
@@ -271,17 +272,17 @@ def test_decoding_by_hand():
 
 
 BAD = {
-    "no_such.npz": (None, "no such file"),
-    "text.npz": ("hello", "no whole .npz"),
-    "other.npz": ({"rates": np.zeros((300, 2))}, "has no spikes"),
+    "no_such.npz": (None, "No such file"),
+    "text.npz": ("hello", "no .npz file"),
+    "other.npz": ({"rates": np.zeros((300, 2))}, "has rates, but no spikes"),
     "flat.npz": ({"spikes": np.zeros(300)}, "spikes must be"),
     "short.npz": ({"spikes": np.zeros((50, 2))}, "only 50 samples"),
     "uneven.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.zeros((299, 1))}, "behavior must be"),
     "nan.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.full((300, 1), np.nan)}, "not finite"),
     "words.npz": ({"spikes": np.full((300, 2), "a")}, "must be numbers"),
     "unique.npz": ({"spikes": np.zeros((300, 2)), "labels": np.arange(300)}, "give them as behavior"),
-    "still.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.zeros((300, 1))}, "no behavior that changes"),
-    "objects.npz": ({"spikes": np.array([{}, {}], dtype=object)}, "no whole .npz"),
+    "still.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.zeros((300, 1))}, "behavior and labels never change"),
+    "objects.npz": ({"spikes": np.array([{}, {}], dtype=object)}, "no .npz file"),
 }
 
 
@@ -303,8 +304,10 @@ def test_bad_files_are_one_line(name, tmp_path):
     "given, words",
     [
         ({"embedding_dim": 1}, "--embedding-dim 1"),
-        ({"min_temperature": 0.1}, "needs --learn-temperature"),
-        ({"learn_temperature": True, "temperature": 0.05}, "at least --min-temperature"),
+        ({"min_temperature": 0.2}, "needs --learn-temperature"),
+        ({"learn_temperature": True, "temperature": 0.05}, "give temperature >= min_temperature"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"embedding_dim": 0, "similarity": "euclidean"}, "--embedding-dim 0"),
         ({"similarity": "euclidean", "loss_backend": "blocked"}, "--loss-backend blocked"),
         ({"mode": "time", "shuffle": True}, "--shuffle"),
         ({"hidden_dim": 0}, "--hidden-dim 0"),
@@ -321,9 +324,9 @@ def test_bad_flags_are_one_line(given, words, track, tmp_path):
 @pytest.mark.parametrize(
     "left, given, words",
     [
-        (["labels"], {"negatives": "label"}, "no two labels; take uniform"),
-        (["behavior"], {"negatives": "label"}, "positives are of one label, too"),
-        (["labels", "behavior"], {}, "no two labels; take time"),
+        (["labels"], {"negatives": "label"}, "no two labels; give uniform"),
+        (["behavior"], {"negatives": "label"}, "needs behavior that changes; give uniform"),
+        (["labels", "behavior"], {}, "never change; give time"),
     ],
 )
 def test_what_the_data_cannot_give(left, given, words, track, tmp_path):
@@ -348,7 +351,11 @@ def test_a_run(given, left, track, tmp_path, capsys):
     data = {name: x for name, x in track.items() if name not in left} | {"more": np.zeros(3)}
     metrics = cebra.train(config(**given, epochs=3, batch_size=64, out=str(tmp_path)), data)
     said = capsys.readouterr().out
-    assert "more left out" in said and "spikes (3200, 12)" in said
+    lines = said.splitlines()
+    assert "more left out" in lines[0] and "spikes (3200, 12)" in said
+    assert lines[1].startswith(f"{tmp_path}: cebra") and lines[-1].startswith(f"{tmp_path}: checkpoint.pt")
+    assert metrics["out"] == str(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == "cebra"
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     last = rows[-1]
@@ -361,9 +368,9 @@ def test_a_run(given, left, track, tmp_path, capsys):
     c, model = common.load_run(tmp_path)
     assert isinstance(c, cebra.Config) and c.batch_size == 64
     part = recordings.load({name: x for name, x in track.items() if name not in left}).split()[2]
-    drawing, s, backend = cebra.Sampler(c, part), recordings.pad(part.spikes, model.field), "naive"
+    drawing, s = cebra.Sampler(c, part), recordings.pad(part.spikes, model.field)
     with torch.no_grad():
-        mean = sum(cebra.loss_of(model, s, drawing.draw(64), c, backend).item() for _ in range(50)) / 50
+        mean = sum(cebra.loss_of(model, s, drawing.draw(64), "naive").item() for _ in range(50)) / 50
     assert metrics["goodness of fit, held out"] == pytest.approx((math.log(64) - mean) / math.log(2), abs=0.1)
     with np.load(tmp_path / "embedding.npz") as file:
         assert set(file) == {"z", "behavior", "labels"} - set(left)
@@ -373,7 +380,7 @@ def test_a_run(given, left, track, tmp_path, capsys):
 
 
 def test_labels_are_told_as_they_were_given(track, tmp_path, capsys):
-    """Also one that training does not meet, and a held-out part of one label only."""
+    """Training does not meet one of the labels, and the held-out part has that label only."""
     labels = np.where(np.arange(3200) < 1600, "left", "right")
     labels[-320:] = "home"
     cebra.train(config(epochs=1, batch_size=64, negatives="label", out=str(tmp_path)), track | {"labels": labels})
@@ -389,11 +396,24 @@ def test_columns_that_do_not_change_count_for_no_r2(tmp_path):
     assert math.isfinite(metrics["R2 of z, 3-d"]) and "R2 of PCA of 1 sample, 2-d" in metrics
 
 
-def test_a_run_that_is_there_is_kept(track, tmp_path, capsys):
-    for seed in (0, 1):
-        cebra.train(config(epochs=0, seed=seed, out=str(tmp_path)), track)
-    assert "its checkpoint is kept as checkpoint.run1.pt" in capsys.readouterr().out
-    assert torch.load(tmp_path / "checkpoint.run1.pt", weights_only=True)["config"]["seed"] == 0
+def test_words_may_come_as_objects_and_missing_labels_are_refused():
+    spikes, words = np.ones((200, 2)), np.array(["left", "right"] * 100, dtype=object)
+    assert recordings.load({"spikes": spikes, "labels": words}).values.tolist() == ["left", "right"]
+    words[3] = math.nan
+    with pytest.raises(InputError, match="labels must be numbers or words, got object"):
+        recordings.load({"spikes": spikes, "labels": words})
+    with pytest.raises(InputError, match="labels has values that are masked"):
+        recordings.load({"spikes": spikes, "labels": np.ma.array(np.arange(200) % 2, mask=np.arange(200) == 5)})
+
+
+def test_a_second_run_takes_a_folder_of_its_own(track, tmp_path, capsys):
+    c = config(epochs=0, out=str(tmp_path / "run"))
+    outs = [cebra.train(c, track)["out"] for _ in range(2)]
+    assert outs == [str(tmp_path / "run"), str(tmp_path / "run-2")]
+    assert f"{tmp_path / 'run-2'}: cebra" in capsys.readouterr().out
+    assert c == config(epochs=0, out=str(tmp_path / "run"))  # train never changes its config
+    stored = common.load_run(tmp_path / "run-2")[0]
+    assert stored.out == outs[1] and stored.data == "arrays"
 
 
 def test_the_same_seed_is_the_same_run(track, tmp_path):
@@ -401,29 +421,51 @@ def test_the_same_seed_is_the_same_run(track, tmp_path):
         cebra.train(config(epochs=2, batch_size=64, seed=seed, out=str(tmp_path / str(i))), track)
         for i, seed in enumerate((0, 0, 1))
     )
-    assert first == again and first["loss"] != other["loss"]
+    assert first | {"out": ""} == again | {"out": ""} and first["loss"] != other["loss"]
 
 
-def test_training_lowers_the_loss_below_a_guess(track, tmp_path):
-    metrics = cebra.train(config(epochs=6, batch_size=128, out=str(tmp_path)), track)
+def test_training_lowers_the_loss_below_a_guess(track, tmp_path, capsys):
+    metrics = cebra.train(config(epochs=6, batch_size=128, out=str(tmp_path / "6")), track)
     assert metrics["goodness of fit"] > 0.1
+    said = capsys.readouterr().out
+    assert "of a guess log N = 4.852" in said and "no better than" not in said
     untrained = cebra.train(config(epochs=0, out=str(tmp_path / "0")), track)
     assert "loss" not in untrained and untrained["goodness of fit, held out"] < 0.05
 
 
-def test_a_loss_that_is_not_finite_is_one_line(track, tmp_path):
-    with pytest.raises(common.RunFailure, match="--lr is likely too high"):
-        cebra.train(config(lr=1e30, similarity="euclidean", epochs=3, batch_size=64, out=str(tmp_path)), track)
+def test_a_run_that_learns_nothing_says_so(track, tmp_path, capsys):
+    cebra.train(config(epochs=2, batch_size=64, lr=1e-9, out=str(tmp_path)), track)
+    assert capsys.readouterr().out.count("no better than a guess, whose loss is log N = 4.159") == 1
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    c = config(out=str(tmp_path))
-    model = cebra.CEBRA(c, 4)
-    cebra.save(c, model, [])
-    model.backbone[0].product.weight.data[0, 0] = math.nan
-    with pytest.raises(common.RunFailure, match="the last good one is kept"):
-        cebra.save(c, model, [])
-    assert common.load_run(tmp_path)[1].backbone[0].product.weight.isfinite().all()
+def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(track, tmp_path):
+    given = {"lr": 1e30, "similarity": "euclidean", "epochs": 3, "batch_size": 64}
+    with pytest.raises(common.RunFailure, match="is not finite; give a smaller --lr; .* keeps the last good"):
+        cebra.train(config(**given, out=str(tmp_path)), track)
+    model = common.load_run(tmp_path)[1]
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+    assert "nan" not in (tmp_path / "log.csv").read_text() and not (tmp_path / "embedding.npz").exists()
+
+
+def test_several_processes_are_one_line(track, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="cebra.py runs as one process"):
+        cebra.train(config(out=str(tmp_path)), track)
+
+
+def test_without_kernels_the_loss_is_that_of_the_file(track, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "kernels", None)
+    cebra.train(config(epochs=1, out=str(tmp_path / "auto")), track)
+    assert "info_nce, naive" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--loss-backend blocked: the folder kernels/ is not beside common.py"):
+        cebra.train(config(loss_backend="blocked", out=str(tmp_path / "blocked")), track)
+    assert not (tmp_path / "blocked").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs there")
+def test_triton_without_a_gpu_is_one_line(track, tmp_path):
+    with pytest.raises(InputError, match="--loss-backend triton: .*; give auto"):
+        cebra.train(config(loss_backend="triton", out=str(tmp_path)), track)
 
 
 def test_without_matplotlib_there_is_no_picture(track, tmp_path, capsys, monkeypatch):
@@ -435,33 +477,24 @@ def test_without_matplotlib_there_is_no_picture(track, tmp_path, capsys, monkeyp
 
 def test_linear_eval_says_that_there_are_no_images(track, tmp_path):
     cebra.train(config(epochs=0, out=str(tmp_path)), track)
-    with pytest.raises(InputError, match="a run of cebra, not of images"):
+    with pytest.raises(InputError, match="a run of cebra"):
         linear_eval.main([str(tmp_path)])
-
-
-def test_another_package_of_the_name_is_not_taken_for_ours(track, tmp_path, monkeypatch):
-    cebra.train(config(epochs=0, out=str(tmp_path)), track)
-    (tmp_path / "cebra.py").write_text("")
-    monkeypatch.delitem(sys.modules, "cebra")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match="another cebra is imported"):
-        common.load_run(tmp_path)
 
 
 def test_presets_and_help(capsys):
     assert cebra.Config().lr == 3e-4 and cebra.Config().temperature == 1
     assert common.parse_args(cebra.Config, []).lr == config().lr
-    assert common.parse_args(cebra.Config, ["--data", "mine.npz"]).recipe == "paper"
+    assert common.parse_args(cebra.Config, ["--data", "mine.npz"]) == cebra.Config(data="mine.npz")
     with pytest.raises(SystemExit):
         common.parse_args(cebra.Config, ["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "(left out: demo for track, else paper)" in said and "--image-size" not in said and "--time-offset" in said
+    assert "--image-size" not in said and "--resume" not in said and "--time-offset" in said
 
 
 @pytest.mark.slow
 def test_the_demo_decodes_position(tmp_path):
-    """Twice as well as PCA; by time better than PCA; at chance where behaviour is shuffled. Half the demo's
-    track, and a quarter of its steps."""
+    """z is twice as good as PCA; trained by time, it is better than PCA; trained on shuffled labels, it is at chance.
+    The runs have half the demo's track and a quarter of its steps."""
     part = make_track(seconds=300)
     metrics = cebra.train(config(epochs=10, out=str(tmp_path / "demo")), part)
     assert 2 * metrics["median error of z, 3-d"] < metrics["median error of PCA of 10 samples, 3-d"]

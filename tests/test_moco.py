@@ -13,18 +13,19 @@ import kernels
 import moco
 from tests.helpers import (
     WARM_UP_AND_COSINE,
-    equal,
+    at_each_step,
     follows_the_schedule,
     moved_by,
     one_step,
     recipe,
+    refusal,
     resumes_bit_for_bit,
     saved,
+    train,
     trains_in_pieces,
 )
 
 SMALL = {"image_size": 16, "projection_dim": 16, "queue_size": 90, "bn_splits": 2, "momentum": 0.9}
-TINY = SMALL | {"epochs": 1, "batch_size": 64, "knn_every": 0, "warmup_epochs": 0.0}
 
 
 def config(**given):
@@ -73,7 +74,7 @@ def test_a_queue_of_the_other_keys_of_the_batch_is_end_to_end():
     torch.manual_seed(0)
     q, k = unit(2, 9, 5)
     others = [moco.info_nce(q[i : i + 1], k[i : i + 1], torch.cat([k[:i], k[i + 1 :]]), 0.2) for i in range(9)]
-    assert torch.allclose(moco.info_nce_in_batch(q, k, 0.2), torch.stack(others).mean(), rtol=1e-12)
+    assert torch.allclose(moco.info_nce(q, k, None, 0.2), torch.stack(others).mean(), rtol=1e-12)
 
 
 def test_no_gradient_reaches_keys_or_queue_but_end_to_end_reaches_its_keys():
@@ -81,19 +82,20 @@ def test_no_gradient_reaches_keys_or_queue_but_end_to_end_reaches_its_keys():
     q, k, queue = (torch.randn(n, 5, requires_grad=True) for n in (4, 4, 7))
     moco.info_nce(q, k, queue).backward()
     assert q.grad.abs().sum() > 0 and k.grad is None and queue.grad is None
-    moco.info_nce_in_batch(q, k).backward()
+    moco.info_nce(q, k).backward()
     assert k.grad.abs().sum() > 0
 
 
 # -------------------------------------------------------------------------------------------------------- a step
 
 
-def by_hand(start, negatives, x_q, x_k, tau=0.3, mechanism="queue"):
-    """Equation 1 of figure 2's three dictionaries, written out, with the keys that follow from it."""
+def by_hand(start, negatives, x_q, x_k=None, tau=0.3, mechanism="queue"):
+    """Equation 1 of figure 2's three dictionaries, written out, with the keys that follow from it. With a memory bank
+    only one view is made."""
     model = start["model"]
-    q, k = (F.normalize(model.projector(model.backbone(x)), dim=1) for x in (x_q, x_k))
+    q, k = (None if x is None else F.normalize(model.embed(x), dim=1) for x in (x_q, x_k))
     if mechanism == "queue":
-        k, negatives = F.normalize(model.key_encoder(x_k), dim=1).detach(), model.queue
+        k, negatives = F.normalize(model.key_encoder(x_k), dim=1).detach(), start["queue"].keys
     if mechanism == "memory-bank":
         k = start["bank"].vectors[start["index"]]
     positive = torch.exp((q * k).sum(1) / tau)
@@ -117,19 +119,17 @@ def by_hand(start, negatives, x_q, x_k, tau=0.3, mechanism="queue"):
     ],
     ids=lambda f: "-".join(map(str, f.values())),
 )
-def test_a_step_is_sgd_on_equation_1(flags, few_shapes, tmp_path, monkeypatch):
+def test_a_step_is_sgd_on_equation_1(flags, tmp_path, monkeypatch):
     """Of the method's file or of kernels/, with weight decay on everything; then the keys go into the dictionary."""
     used, drawn, fused, sample = [], [], kernels.info_nce, moco.MemoryBank.sample
-    monkeypatch.setattr(kernels, "info_nce", lambda *a, **k: used.append(k["backend"]) or fused(*a, **k))
+    monkeypatch.setattr(common.kernels, "info_nce", lambda *a, **k: used.append(k["backend"]) or fused(*a, **k))
     monkeypatch.setattr(moco.MemoryBank, "sample", lambda *a: drawn.append(sample(*a)) or drawn[-1])
     mechanism, symmetric = flags.get("mechanism", "queue"), flags.get("symmetric", False)
     n = 150 if mechanism == "memory-bank" else 200  # a bank needs images that are not in the batch
-    given = {"batch_size": n, "lr": 0.3, "temperature": 0.3, "bn_splits": 1, "queue_size": 450, "bank_momentum": 0.8}
-    given["shuffle_bn"] = False  # one group: another order of its rows is other rounding alone
+    given = {"batch_size": n, "lr": 0.3, "temperature": 0.3, "bn_splits": 1, "queue_size": 180, "bank_momentum": 0.8}
     metrics, start, views = one_step(moco, SMALL | given | flags, tmp_path, monkeypatch)
     assert used == ["blocked"] * (1 + symmetric) * (flags.get("loss_backend") == "blocked")
     bank = copy_of(start["bank"].vectors) if drawn else None
-    queue = copy_of(start["model"].queue) if mechanism == "queue" else None
 
     loss, q, k = by_hand(start, *drawn or [None], *views, mechanism=mechanism)
     keys = [k]
@@ -141,11 +141,10 @@ def test_a_step_is_sgd_on_equation_1(flags, few_shapes, tmp_path, monkeypatch):
     moved_by(loss, start["model"], after, 0.3, lambda p: 0.1)
 
     if mechanism == "queue":
-        rows = len(keys) * n
-        assert after["pointer"] == rows and torch.equal(after["queue"][rows:], queue[rows:])
-        assert torch.allclose(after["queue"][:rows], torch.cat(keys), atol=1e-5)
+        after, kept = saved(tmp_path, "queue"), torch.cat(keys)[-180:]
+        assert after["pointer"] == 0 and torch.allclose(after["keys"], kept, atol=1e-5)
     if mechanism == "memory-bank":
-        assert drawn[0].shape == (450, 16)
+        assert drawn[0].shape == (180, 16)
         bank[start["index"]] = F.normalize(0.8 * bank[start["index"]] + 0.2 * q.detach(), dim=1)
         assert torch.allclose(saved(tmp_path, "bank")["vectors"], bank, atol=1e-5)
 
@@ -161,30 +160,31 @@ def copy_of(x):
 def test_the_queue_is_a_fifo(size, batches):
     """K not a multiple of N, N > K, a short last batch: the same keys in the same order as a deque."""
     torch.manual_seed(0)
-    model = moco.MoCo(config(queue_size=size, projection_dim=4))
-    expected = collections.deque(model.queue.clone(), maxlen=size)
-    assert model.queue.shape == (size, 4) and torch.allclose(model.queue.norm(dim=1), torch.ones(size))
+    queue = moco.Queue(size, 4)
+    expected = collections.deque(queue.keys.clone(), maxlen=size)
+    assert queue.keys.shape == (size, 4) and torch.allclose(queue.keys.norm(dim=1), torch.ones(size))
     for n in batches:
         k = F.normalize(torch.randn(n, 4), dim=1)
-        model.enqueue(3 * k)
+        queue.enqueue(3 * k)
         expected.extend(k)
-        oldest_first = model.queue.roll(-int(model.pointer), 0)
+        oldest_first = queue.keys.roll(-int(queue.pointer), 0)
         assert torch.allclose(oldest_first, torch.stack(list(expected)), atol=1e-6)
-    assert model.queue.is_contiguous() and 0 <= model.pointer < size
+    assert queue.keys.is_contiguous() and 0 <= queue.pointer < size
 
 
 @pytest.mark.parametrize("m", [0.0, 0.9, 0.999, 1.0])
 def test_the_key_encoder_moves_by_equation_2_on_parameters_only(m):
     torch.manual_seed(0)
-    model = moco.MoCo(config(momentum=m)).double()
+    model = moco.MoCo(config()).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
         for b in model.backbone.buffers():
             b.add_(1)
-    query = nn.Sequential(model.backbone, model.projector).state_dict()
+    f_q = nn.Sequential(model.backbone, model.projector)
+    query = f_q.state_dict()
     before = {name: p.clone() for name, p in model.key_encoder.state_dict().items()}
-    model.update_key_encoder()
+    moco.update_key_encoder(f_q, model.key_encoder, m)
     parameters = dict(model.key_encoder.named_parameters())
     assert set(parameters) <= set(query)
     for name, value in model.key_encoder.state_dict().items():
@@ -196,40 +196,37 @@ def test_the_key_encoder_moves_by_equation_2_on_parameters_only(m):
 
 
 @pytest.mark.parametrize("given", [{}, {"symmetric": True}, {"momentum": 0.0}, {"momentum": 1.0}], ids=str)
-def test_the_key_encoder_moves_before_the_keys_and_they_are_queued_after_the_step(
-    given, few_shapes, tmp_path, monkeypatch
-):
+def test_the_key_encoder_moves_before_the_keys_and_they_are_queued_after_the_step(given, tmp_path, monkeypatch):
     """Over three steps: f_k, in train mode and without a gradient, has moved once toward the f_q of this step."""
-    m, ks, expected, encode, enqueue = given.get("momentum", 0.9), [], [], moco.encode, moco.MoCo.enqueue
+    m, ks, qs, forward, enqueue = given.get("momentum", 0.9), [], [], moco.MoCo.forward, moco.Queue.enqueue
     losses, step, events = moco.info_nce, torch.optim.SGD.step, []
 
-    def spy(network, x, c, shuffle=False):
-        key = not next(network.parameters()).requires_grad
-        assert network[0].training and network[1].training and torch.is_grad_enabled() != key
-        events.append("k" if key else "q")
-        if key:
-            ks.append([copy_of(p) for p in network.parameters()])
-        else:
-            expected.append([copy_of(p) for p in network.parameters()])
-        return encode(network, x, c, shuffle)
+    def spy(model, *views):
+        assert model.key_encoder.training and model.backbone.training
+        ks.append([copy_of(p) for p in model.key_encoder.parameters()])
+        qs.append([copy_of(p) for p in (*model.backbone.parameters(), *model.projector.parameters())])
+        q, k = forward(model, *views)
+        assert q.requires_grad and not k.requires_grad
+        events.append("q, k")
+        return q, k
 
-    monkeypatch.setattr(moco, "encode", spy)
+    monkeypatch.setattr(moco.MoCo, "forward", spy)
     monkeypatch.setattr(moco, "info_nce", lambda *a: events.append("loss") or losses(*a))
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: events.append("step") or step(*a, **k))
-    monkeypatch.setattr(moco.MoCo, "enqueue", lambda self, k: events.append(len(k)) or enqueue(self, k))
-    moco.train(config(**TINY | given, loss_backend="naive", out=str(tmp_path)))
+    monkeypatch.setattr(moco.Queue, "enqueue", lambda self, k: events.append(len(k)) or enqueue(self, k))
+    train(moco, tmp_path, **SMALL | given, loss_backend="naive")
     passes = 1 + given.get("symmetric", False)
-    assert events == 3 * (passes * ["q", "k", "loss"] + ["step", passes * 64])
-    theta_k = expected[0]  # f_k starts as f_q
+    assert events == 3 * (passes * ["q, k", "loss"] + ["step", passes * 64])
+    theta_k = qs[0]  # f_k starts as f_q
     for step in range(0, 3 * passes, passes):
-        theta_k = [m * old + (1 - m) * new for old, new in zip(theta_k, expected[step], strict=True)]
+        theta_k = [m * old + (1 - m) * new for old, new in zip(theta_k, qs[step], strict=True)]
         for found in ks[step : step + passes]:
             assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(found, theta_k, strict=True))
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(expected[0], expected[-1], strict=True))  # f_q moved
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(qs[0], qs[-1], strict=True))  # f_q moved
 
 
-def test_the_key_network_has_statistics_of_its_own(few_shapes, tmp_path):
-    moco.train(config(**TINY, out=str(tmp_path)))
+def test_the_key_network_has_statistics_of_its_own(tmp_path):
+    train(moco, tmp_path, **SMALL)
     ours, theirs = (saved(tmp_path)[prefix + "bn1.running_mean"] for prefix in ("backbone.", "key_encoder.0."))
     assert theirs.abs().sum() > 0 and not torch.equal(ours, theirs)
 
@@ -237,61 +234,61 @@ def test_the_key_network_has_statistics_of_its_own(few_shapes, tmp_path):
 # -------------------------------------------------------------------------------------------------- shuffling BN
 
 
-class PerRow(nn.Module):
-    """Without BN: row by row."""
-
-    def forward(self, x):
-        return x.flatten(1)[:, :4] * 2 + 1
-
-
-class GroupMean(nn.Module):
-    """What BN can betray: who was in the group."""
-
-    def forward(self, x):
-        return x.flatten(1).mean(0, keepdim=True).expand(len(x), -1)
-
-
-@pytest.mark.parametrize("n, splits", [(16, 4), (13, 4), (7, 3)])
-def test_shuffling_is_undone_exactly(n, splits):
+@pytest.mark.parametrize("splits", [2, 4])
+def test_a_split_bn_takes_statistics_of_each_group_and_moves_the_running_ones_once(splits):
+    """The groups lie one after the other. Evaluation, parameters and buffers are those of BatchNorm2d."""
     torch.manual_seed(0)
-    x, c = torch.rand(n, 3, 2, 2), config(bn_splits=splits)
-    for shuffle in (False, True):
-        assert torch.equal(moco.encode(PerRow(), x, c, shuffle), PerRow()(x))
+    x = torch.randn(8, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    bn, plain = nn.Sequential(moco.SplitBatchNorm(3)), nn.BatchNorm2d(3)
+    bn[0].splits = splits
+    y, expected, means, variances = bn(x), [], [], []
+    for group in x.chunk(splits):
+        one = nn.BatchNorm2d(3)
+        expected.append(one(group))
+        means.append(one.running_mean)
+        variances.append(one.running_var)
+    expected = torch.cat(expected)
+    assert torch.allclose(y, expected, atol=1e-5)
+    for ours, theirs in ((bn[0].running_mean, means), (bn[0].running_var, variances)):
+        assert torch.allclose(ours, torch.stack(theirs).mean(0), atol=1e-6)
+    assert bn[0].state_dict().keys() == plain.state_dict().keys()
+    weights = torch.randn(8, 3, 4, 4)
+    (ours,), (theirs,) = (torch.autograd.grad((out * weights).sum(), x) for out in (bn(x), expected))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    plain.load_state_dict(bn[0].state_dict())
+    assert torch.allclose(bn.eval()(x), plain.eval()(x))
 
 
-def test_groups_have_statistics_of_their_own_and_shuffling_mixes_them():
+def test_image_n_is_in_group_n_mod_splits():
     torch.manual_seed(0)
-    x, c = torch.rand(16, 3, 2, 2), config(bn_splits=4)
-    plain = moco.encode(GroupMean(), x, c)
-    assert torch.allclose(plain, torch.cat([GroupMean()(part) for part in x.split(4)]))
-    shuffled = moco.encode(GroupMean(), x, c, shuffle=True)
-    assert len(shuffled.unique(dim=0)) == 4  # four groups again, but not of neighbours
-    assert not any(torch.equal(part[0], part[1]) and torch.equal(part[1], part[2]) for part in shuffled.split(4))
-    assert torch.equal(moco.encode(GroupMean(), x, config(bn_splits=1)), GroupMean()(x))
+    model, x = moco.MoCo(config()), torch.rand(8, 3, 16, 16)
+    model.split_batch_norm(4)
+    q, _ = model(x, x)
+    parts = moco.MoCo(config())
+    parts.load_state_dict(model.state_dict())
+    expected = torch.stack([parts.embed(x[i::4]) for i in range(4)], 1).flatten(0, 1)
+    assert torch.allclose(q, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mechanism", ["queue", "end-to-end", "memory-bank"])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_only_keys_are_shuffled(mechanism, shuffle, monkeypatch):
-    asked = []
-    monkeypatch.setattr(moco, "encode", lambda network, x, c, s=False: asked.append(s) or x.flatten(1))
-    model = moco.MoCo(config(mechanism=mechanism, shuffle_bn=shuffle))
-    model(*torch.rand(2, 4, 3, 2, 2))
-    assert asked == ([False] if mechanism == "memory-bank" else [False, shuffle])
+@pytest.mark.parametrize("mechanism, shuffle", [("queue", True), ("queue", False), ("end-to-end", True)])
+def test_keys_meet_other_images_than_their_queries_and_come_back_in_order(mechanism, shuffle, tmp_path, monkeypatch):
+    """The network's outputs are replaced by the mean of each image, which tells which row is which."""
+    fed, losses = [], []
 
+    def means(model, x_q, x_k):
+        fed.append((x_q.mean((1, 2, 3)), x_k.mean((1, 2, 3))))
+        q, k = (x.mean((1, 2, 3))[:, None] * torch.ones(16) for x in (x_q, x_k))
+        return q + 0 * model.embed(x_q), k + 0 * model.embed(x_k) if mechanism == "end-to-end" else k
 
-def test_running_statistics_move_as_far_as_those_of_one_bn():
-    torch.manual_seed(0)
-    x = torch.rand(32, 3, 32, 32).repeat(2, 1, 1, 1)  # two groups of the same pictures
-    means = []
-    for splits in (1, 2):
-        torch.manual_seed(1)
-        c = config(bn_splits=splits)
-        model = moco.MoCo(c)
-        for _ in range(3):
-            moco.encode(model.backbone, x, c)
-        means.append(model.backbone.bn1.running_mean)
-    assert torch.allclose(*means, rtol=0.05)
+    monkeypatch.setattr(moco.MoCo, "forward", means)
+    monkeypatch.setattr(moco, "augment", lambda x, config: x)
+    monkeypatch.setattr(moco, "info_nce", lambda q, k, *rest: losses.append((q, k)) or (q - k).square().mean())
+    given = {"crop_min_scale": 1.0, "shuffle_bn": shuffle, "loss_backend": "naive", "bn_splits": 4}
+    flat = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 16, 16)  # any crop is the picture
+    train(moco, tmp_path, flat, **SMALL | given, mechanism=mechanism)
+    (x_q, x_k), (q, k) = fed[0], losses[0]
+    assert torch.allclose(q, k, atol=1e-4) and torch.allclose(x_q.sort().values, x_k.sort().values, atol=1e-5)
+    assert torch.allclose(x_q, x_k) != shuffle
 
 
 # --------------------------------------------------------------------------------------------------- memory bank
@@ -321,19 +318,19 @@ def test_the_bank_moves_the_vectors_of_the_batch_only():
 # ------------------------------------------------------------------------------------------- versions and recipe
 
 
-V2 = {
-    **{"epochs": 200, "batch_size": 256, "lr": 0.03, "weight_decay": 1e-4, "warmup_epochs": 0.0},
-    **{"mechanism": "queue", "symmetric": False, "momentum": 0.999, "queue_size": 65536, "temperature": 0.2},
-    **{"bn_splits": 8, "shuffle_bn": True, "projection_head": "mlp", "hidden_dim": 0, "projection_dim": 128},
-    **{"augmentation": "v2", "crop_min_scale": 0.2, "blur": 0.5, "schedule": "cosine"},
-    **{"backbone": "resnet50", "image_size": 224, "stem": "imagenet"},
-}
+V2 = dict(
+    epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, warmup_epochs=0.0,
+    mechanism="queue", symmetric=False, momentum=0.999, queue_size=65536, temperature=0.2,
+    bn_splits=8, shuffle_bn=True, projection_head="mlp", hidden_dim=0, projection_dim=128,
+    augmentation="v2", crop_min_scale=0.2, blur=0.5, schedule="cosine",
+    backbone="resnet50", image_size=224, stem="imagenet",
+)  # fmt: skip
 V1 = V2 | {"temperature": 0.07, "projection_head": "linear", "augmentation": "v1", "blur": 0.0, "schedule": "steps"}
-CIFAR = V2 | {
-    **{"data": "cifar10", "backbone": "resnet18", "image_size": 32, "stem": "cifar", "batch_size": 512, "lr": 0.06},
-    **{"weight_decay": 5e-4, "momentum": 0.99, "queue_size": 4096, "temperature": 0.1, "projection_head": "linear"},
-    **{"crop_min_scale": 0.08, "blur": 0.0},
-}
+CIFAR = V2 | dict(
+    data="cifar10", backbone="resnet18", image_size=32, stem="cifar", batch_size=512, lr=0.06,
+    weight_decay=5e-4, momentum=0.99, queue_size=4096, temperature=0.1, projection_head="linear",
+    crop_min_scale=0.08, blur=0.0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("preset, published", [("paper", V2), ("paper-v1", V1), ("cifar", CIFAR)])
@@ -353,24 +350,23 @@ def test_the_schedules():
 @pytest.mark.parametrize(
     "schedule, shares", [("cosine", WARM_UP_AND_COSINE), ("steps", [1 / 3, 2 / 3, 1, 1, 0.1, 0.01])]
 )
-def test_the_schedule_and_the_crops(schedule, shares, few_shapes, tmp_path, monkeypatch, capsys):
+def test_the_schedule_and_the_crops(schedule, shares, tmp_path, monkeypatch, capsys):
     given = SMALL | {"lr": 0.3, "schedule": schedule, "symmetric": True, "loss_backend": "naive"}
     rates, logged = follows_the_schedule(moco, given, tmp_path, monkeypatch)
     assert rates == [pytest.approx([0.3 * share]) for share in shares]
     assert all(z.shape == (64, 16) for z, _, _ in logged)
     optimizer = saved(tmp_path, "optimizer")["param_groups"][0]
     assert optimizer["momentum"] == 0.9 and not optimizer["nesterov"]
-    out = " ".join(capsys.readouterr().out.split())
-    assert f"sgd, peak lr 0.3 (not scaled by N), {schedule}" in out
-    assert "info_nce, naive; mean over N = 64 queries; the sum of both directions" in out
-    assert "queue; BN statistics over groups of 32 images, keys shuffled" in out
+    out = capsys.readouterr().out
+    assert "peak learning rate 0.3" in out and f"a guess has the loss {2 * math.log(91):.3f}" in out
+    assert "the sum of both directions; queue; BN over groups of 32 images, keys shuffled" in out
 
 
-def test_what_is_watched_is_q(few_shapes, tmp_path, monkeypatch):
-    seen, logged, forward, log = [], [], moco.MoCo.forward, common.Run.log
+def test_what_is_watched_is_q(tmp_path, monkeypatch):
+    seen, logged, forward = [], [], moco.MoCo.forward
     monkeypatch.setattr(moco.MoCo, "forward", lambda self, *x: seen.append(forward(self, *x)) or seen[-1])
-    monkeypatch.setattr(common.Run, "log", lambda run, loss, z, *x: logged.append(z) or log(run, loss, z, *x))
-    moco.train(config(**TINY, symmetric=True, out=str(tmp_path)))
+    at_each_step(monkeypatch, lambda run, z, *_: logged.append(z))
+    train(moco, tmp_path, **SMALL, symmetric=True)
     assert len(logged) == 3 and all(torch.equal(z, q) for z, (q, _) in zip(logged, seen[::2], strict=True))
 
 
@@ -388,13 +384,13 @@ def test_heads_are_the_papers():
 
 def test_the_views_are_those_of_their_version(monkeypatch):
     assert recipe(moco, monkeypatch, moco.Config()) == [
-        ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1), ("grey", 0.2), ("gaussian_blur", 0.5), ("flip", 0.5)
+        ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1), ("grey", 0.2), ("gaussian_blur", 0.5), ("hflip", 0.5)
     ]  # fmt: skip
     asked, jitter = [], moco.color_jitter
     monkeypatch.setattr(moco, "sometimes", lambda x, p, op: asked.append((op.__name__, p)) or x)
     monkeypatch.setattr(moco, "color_jitter", lambda x, *s: asked.append(("color_jitter", *s)) or jitter(x, *s))
     out = moco.augment(torch.rand(64, 3, 8, 8), moco.Config.preset("paper-v1"))
-    assert asked == [("grey", 0.2), ("color_jitter", 0.4, 0.4, 0.4, 0.4), ("gaussian_blur", 0.0), ("flip", 0.5)]
+    assert asked == [("grey", 0.2), ("color_jitter", 0.4, 0.4, 0.4, 0.4), ("gaussian_blur", 0.0), ("hflip", 0.5)]
     assert out.min() < -1  # as torchvision's weights are fed
 
 
@@ -411,8 +407,8 @@ def test_the_views_are_those_of_their_version(monkeypatch):
     ],
     ids=lambda f: "-".join(map(str, f.values())),
 )
-def test_options_run_and_load_back(flags, few_shapes, tmp_path):
-    metrics = moco.train(config(**TINY | flags, out=str(tmp_path)))
+def test_options_run_and_load_back(flags, tmp_path):
+    metrics = train(moco, tmp_path, **SMALL | flags)
     assert math.isfinite(metrics["loss"])
     c, model = common.load_run(tmp_path)
     assert {name: getattr(c, name) for name in flags} == flags
@@ -422,61 +418,60 @@ def test_options_run_and_load_back(flags, few_shapes, tmp_path):
 
 def test_a_run_learns_to_tell_images_from_the_queue(tmp_path, monkeypatch):
     """The loss first rises, as keys of the network's own displace the random ones, and then falls: crops of noise."""
-    loss, end_epoch = [], common.Run.end_epoch
-    monkeypatch.setattr(common.Run, "end_epoch", lambda run: (end_epoch(run), loss.append(run.progress["rows"][-1][1])))
     monkeypatch.setattr(moco, "augment", lambda x, c: moco.normalize(x))
     noise = torch.randint(256, (200, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     given = {"epochs": 6, "batch_size": 32, "queue_size": 96, "crop_min_scale": 0.9, "lr": 0.06, "temperature": 0.1}
     given |= {"momentum": 0.99, "projection_dim": 64}
-    moco.train(config(**TINY | given, out=str(tmp_path)), data=noise.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    train(moco, tmp_path, noise.repeat_interleave(4, 2).repeat_interleave(4, 3), **SMALL | given)
+    loss = [row["loss"] for row in saved(tmp_path, "rows")]
     assert loss[-1] < loss[1] / 2 and loss[0] < loss[1] < math.log(96 + 1)
 
 
 @pytest.mark.parametrize("mechanism", ["queue", "end-to-end", "memory-bank"])
-def test_pieces(mechanism, few_shapes, tmp_path):
-    trains_in_pieces(moco, SMALL | {"mechanism": mechanism}, tmp_path)
+def test_pieces(mechanism, tmp_path):
+    trains_in_pieces(moco, SMALL | {"mechanism": mechanism, "bn_splits": 1}, tmp_path)
 
 
-def test_pieces_are_bn_groups_whose_keys_are_shuffled(few_shapes, tmp_path, capsys):
-    given = TINY | {"batch_size": 32, "bn_splits": 1}
-    moco.train(config(**given, micro_batch_size=8, out=str(tmp_path / "pieces")))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "BN statistics over groups of 8 images, keys shuffled" in said and "--bn-splits 1 becomes 4" in said
-    moco.train(config(**given | {"bn_splits": 4}, out=str(tmp_path / "groups")))
-    assert equal(saved(tmp_path / "pieces"), saved(tmp_path / "groups"))
+def test_each_piece_has_its_groups_and_keys_are_shuffled_over_the_batch(tmp_path, capsys):
+    train(moco, tmp_path, **SMALL, batch_size=32, micro_batch_size=16)
+    assert "BN over groups of 8 images, keys shuffled" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mechanism", ["queue", "memory-bank"])
-def test_an_interrupted_run_resumes_bit_for_bit(mechanism, few_shapes, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(mechanism, tmp_path, monkeypatch):
     """Queue, pointer, key encoder, memory bank and optimizer end where a whole run ends."""
-    given = TINY | {"epochs": 3, "batch_size": 32, "mechanism": mechanism}
+    given = SMALL | {"mechanism": mechanism}
     whole, resumed = resumes_bit_for_bit(moco, given, tmp_path, monkeypatch)
     assert whole["loss"] == resumed["loss"]
     if mechanism == "queue":
-        state = saved(tmp_path / "cut")
-        assert state["pointer"] == 18 * 32 % 90 and any(name.startswith("key_encoder.") for name in state)
+        assert saved(tmp_path / "cut", "queue")["pointer"] == 18 * 32 % 90
+        assert any(name.startswith("key_encoder.") for name in saved(tmp_path / "cut"))
     else:
         assert saved(tmp_path / "cut", "bank")["vectors"].shape == (200, 16)
 
 
-def test_a_lowered_batch_lowers_a_presets_groups(tmp_path, capsys):
-    given = {"image_size": 16, "backbone": "resnet8", "epochs": 1, "out": str(tmp_path)}
-    moco.train(moco.Config.preset("paper", **given), data=torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8))
-    out = " ".join(capsys.readouterr().out.split())
-    assert (
-        "--batch-size 256 becomes 10, --lr 0.03 becomes 0.00117187" in out
-        and "--bn-splits 8 becomes 1" in out
-        and "BN statistics over groups of 10 images" in out
-    )
-    assert "--queue-size 65536 becomes 8" in out
-
-
 @pytest.mark.parametrize(
-    "mechanism, runs, shuffled", [("end-to-end", "naive", True), ("memory-bank", "blocked", False)]
+    "flags, words",
+    [
+        (["--queue-size", 300], "--queue-size 300: give at most 200"),
+        (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give batch_size % bn_splits == 0"),
+        (["--micro-batch-size", 2], "--bn-splits 2: give 2 * bn_splits <= 2"),
+        (["--mechanism", "memory-bank", "--symmetric"], "--mechanism memory-bank --symmetric True: give"),
+        (["--mechanism", "memory-bank", "--batch-size", 200], "--batch-size 200: give less than 200"),
+        (
+            ["--mechanism", "end-to-end", "--loss-backend", "blocked"],
+            "--mechanism end-to-end --loss-backend blocked: give",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_the_header_names_what_runs(mechanism, runs, shuffled, few_shapes, tmp_path, capsys):
-    """end-to-end has this file's loss alone, whatever K is; a memory bank's keys are not encoded, so not shuffled."""
-    moco.train(config(**TINY | {"queue_size": 65536}, mechanism=mechanism, out=str(tmp_path)))
-    out = " ".join(capsys.readouterr().out.split())
-    assert f"info_nce, {runs}; mean" in out and f"{mechanism}; BN statistics over groups of 32 images" in out
-    assert ("keys shuffled" in out) == shuffled
+def test_what_cannot_work_is_one_line(flags, words, tmp_path, capsys):
+    assert words in refusal(moco, ["--batch-size", 64, *flags], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("mechanism, shuffled", [("end-to-end", True), ("memory-bank", False)])
+def test_the_header_names_what_runs(mechanism, shuffled, tmp_path, capsys):
+    """A memory bank's keys are not encoded, so they are not shuffled."""
+    train(moco, tmp_path, **SMALL, mechanism=mechanism)
+    out = capsys.readouterr().out
+    assert f"{mechanism}; BN over groups of 32 images" in out and ("keys shuffled" in out) == shuffled

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import images
 import kernels
 import linear_eval
 import simclr
@@ -21,15 +22,19 @@ from tests.helpers import (
     refusal,
     resumes_bit_for_bit,
     saved,
+    train,
     trains_in_pieces,
 )
 
 SMALL = {"hidden_dim": 32, "projection_dim": 16}
-TINY = SMALL | {"epochs": 1, "batch_size": 64, "knn_every": 0}
 
 
 def config(**given):
     return supcon.Config.preset("demo", **given)
+
+
+def pictures(folder, **given):
+    return images.load(config(data=str(folder), **given), torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -184,7 +189,7 @@ def test_the_fused_loss_agrees(loss, backend):
     ],
     ids=lambda f: "-".join(map(str, f.values())) or "default",
 )
-def test_a_step_is_sgd_on_equation_2_or_3(flags, few_shapes, tmp_path, monkeypatch):
+def test_a_step_is_sgd_on_equation_2_or_3(flags, tmp_path, monkeypatch):
     """Times tau over its base (section 4.5); of the method's file or of kernels/; the weight decay is on everything."""
     fused, used = kernels.sup_con, []
     monkeypatch.setattr(kernels, "sup_con", lambda *a, **k: used.append(k["backend"]) or fused(*a, **k))
@@ -219,19 +224,19 @@ def test_the_head_is_the_papers():
     assert all((block.bn2.weight == 1).all() for block in [*deep.layer1, *deep.layer4])  # as the authors start it
 
 
-PAPER = {
-    **{"loss": "out", "temperature": 0.1, "base_temperature": 1.0, "epochs": 350, "batch_size": 6144},
-    **{"optimizer": "lars", "lr": 7.2, "weight_decay": 1e-6, "warmup_epochs": 10.0, "hidden_dim": 0},
-    **{"projection_dim": 128, "crop_min_scale": 0.2, "jitter_strength": 0.5},
-    **{"backbone": "resnet50", "image_size": 224, "stem": "imagenet"},
-}
-CIFAR = PAPER | {
-    **{"data": "cifar10", "image_size": 32, "stem": "cifar", "epochs": 1000, "batch_size": 1024},
-    **{"optimizer": "sgd", "lr": 0.5, "weight_decay": 1e-4, "base_temperature": 0.07},
-}
+PAPER = dict(
+    loss="out", temperature=0.1, base_temperature=1.0, epochs=350, batch_size=6144, optimizer="lars", lr=7.2,
+    weight_decay=1e-6, warmup_epochs=10.0, projection_head="mlp", hidden_dim=0, projection_dim=128, crop_min_scale=0.2,
+    jitter_strength=0.5, backbone="resnet50", image_size=224, stem="imagenet",
+)  # fmt: skip
+CIFAR = PAPER | dict(
+    data="cifar10", image_size=32, stem="cifar", epochs=1000, batch_size=1024, optimizer="sgd", lr=0.5,
+    weight_decay=1e-4, base_temperature=0.07,
+)  # fmt: skip
+PHOTOS = {"backbone": "resnet18", "image_size": 128}  # ours
 
 
-@pytest.mark.parametrize("preset, published", [("paper", PAPER), ("cifar", CIFAR)])
+@pytest.mark.parametrize("preset, published", [("paper", PAPER), ("cifar", CIFAR), ("photos", PHOTOS)])
 def test_presets_are_as_published(preset, published):
     c = supcon.Config.preset(preset)
     assert {name: getattr(c, name) for name in published} == published
@@ -239,32 +244,31 @@ def test_presets_are_as_published(preset, published):
 
 def test_the_views_are_the_authors(monkeypatch):
     jitter = ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1)
-    assert recipe(supcon, monkeypatch, supcon.Config()) == [("flip", 0.5), jitter, ("grey", 0.2)]
+    assert recipe(supcon, monkeypatch, supcon.Config()) == [("hflip", 0.5), jitter, ("grey", 0.2)]
 
 
 @pytest.mark.parametrize("loss", ["out", "in", "cross-entropy"])
-def test_the_schedule_and_the_crops(loss, few_shapes, tmp_path, monkeypatch, capsys):
+def test_the_schedule_and_the_crops(loss, tmp_path, monkeypatch, capsys):
     given = SMALL | {"lr": 0.3, "loss": loss, "temperature": 0.1, "base_temperature": 0.07}
     rates, logged = follows_the_schedule(supcon, given, tmp_path, monkeypatch)
     assert rates == [pytest.approx([0.3 * share] * len(rates[0])) for share in WARM_UP_AND_COSINE]
     baseline = loss == "cross-entropy"
     assert all(z.shape == (128, 128 if baseline else 16) for z, _, _ in logged)
-    out = " ".join(capsys.readouterr().out.split())
-    assert "peak lr 0.3 (not scaled by N)" in out
-    said = f"sup_con {loss}, naive; mean over 2N = 128 anchors, times tau over its base, 1.42857"
+    out, guess = capsys.readouterr().out, math.log(10) if baseline else 0.1 / 0.07 * math.log(127)
+    assert "peak learning rate 0.3\n" in out and f"a guess has the loss {guess:.3f}" in out  # not scaled by N
+    said = f"sup_con {loss}, times tau over its base: 0.1 / 0.07 = 1.42857"
     assert ("cross-entropy; temperature and projection head are unused" if baseline else said) in out
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 @pytest.mark.parametrize("loss", ["out", "cross-entropy"])
-def test_the_optimizer(loss, optimizer, few_shapes, tmp_path):
+def test_the_optimizer(loss, optimizer, tmp_path):
     """LARS as SimCLR's, which spares BN and biases; SGD decays everything. The classifier is trained with the rest."""
-    c = config(**TINY, loss=loss, optimizer=optimizer, weight_decay=1e-3, out=str(tmp_path))
-    supcon.train(c)
+    train(supcon, tmp_path, **SMALL, loss=loss, optimizer=optimizer, weight_decay=1e-3)
     groups = saved(tmp_path, "optimizer")["param_groups"]
     assert all(g["momentum"] == 0.9 for g in groups)
     assert [g["weight_decay"] for g in groups] == ([1e-3, 0.0] if optimizer == "lars" else [1e-3])
-    model = supcon.SupCon(c)
+    model = supcon.SupCon(config(**SMALL, loss=loss))
     weights = sum(p.ndim > 1 for p in model.parameters()) + (loss == "cross-entropy")
     everything = len(list(model.parameters())) + 2 * (loss == "cross-entropy")
     sizes = [weights, everything - weights] if optimizer == "lars" else [everything]
@@ -285,8 +289,8 @@ def test_the_optimizer(loss, optimizer, few_shapes, tmp_path):
     ],
     ids=lambda f: "-".join(map(str, f.values())),
 )
-def test_options_run_and_the_next_command_evaluates_them(flags, few_shapes, tmp_path, capsys):
-    assert math.isfinite(supcon.train(config(**TINY, out=str(tmp_path), **flags))["loss"])
+def test_options_run_and_the_next_command_evaluates_them(flags, photos, tmp_path, capsys):
+    assert math.isfinite(train(supcon, tmp_path, pictures(photos), **SMALL | flags)["loss"])
     _, model = common.load_run(tmp_path)
     backbone = torch.load(tmp_path / "backbone.pt", weights_only=True)
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in backbone.items())
@@ -296,7 +300,7 @@ def test_options_run_and_the_next_command_evaluates_them(flags, few_shapes, tmp_
 
 
 @pytest.mark.parametrize("loss", ["out", "cross-entropy"])
-def test_pieces(loss, few_shapes, tmp_path):
+def test_pieces(loss, tmp_path):
     trains_in_pieces(supcon, SMALL | {"loss": loss}, tmp_path)
 
 
@@ -307,11 +311,10 @@ def test_pieces(loss, few_shapes, tmp_path):
 )
 def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeypatch):
     """The baseline's classifier too."""
-    given = TINY | {"epochs": 2, "batch_size": 32, "data": str(photos)} | given
-    whole, resumed = resumes_bit_for_bit(supcon, given, tmp_path, monkeypatch)
+    whole, resumed = resumes_bit_for_bit(supcon, SMALL | given, tmp_path, monkeypatch, pictures(photos, **given))
     assert whole["loss"] == resumed["loss"]
     assert ("classifier" in torch.load(tmp_path / "cut" / "checkpoint.pt")["parts"]) == ("loss" in given)
-    again = supcon.train(common.parse_args(supcon.Config, ["--resume", "--out", str(tmp_path / "cut")]))  # all is done
+    again = supcon.train(common.parse_args(supcon.Config, ["--resume", str(tmp_path / "cut")]))  # all is done
     assert again["loss"] == whole["loss"]
 
 
@@ -320,23 +323,20 @@ def test_images_without_a_label_are_classes_of_their_own(backend, photos, tmp_pa
     photos = shutil.copytree(photos, tmp_path / "photos")
     for i in range(3):
         shutil.copy(next((photos / "0").iterdir()), photos / f"extra{i}.png")
-    given = SMALL | {"data": str(photos), "batch_size": 223, "temperature": 0.1, "base_temperature": 0.1}
-    given |= {"optimizer": "sgd", "loss_backend": backend}  # all images in one step
-    metrics, start, views = one_step(supcon, given, tmp_path / "run", monkeypatch)
-    assert "220 images; 3 without one, each a class of its own" in " ".join(capsys.readouterr().out.split())
+    data = pictures(photos)
+    given = SMALL | {"batch_size": 223, "optimizer": "sgd", "loss_backend": backend}  # all images in one step
+    metrics, start, views = one_step(supcon, given, tmp_path / "run", monkeypatch, data)
     y = start["labels"]
     assert (y < 0).sum() == 3
     y = torch.where(y < 0, 1000 + torch.arange(223), y).repeat(2)
     z = start["model"].embed(torch.cat(views))
     assert math.isclose(metrics["loss"], supcon.sup_con(z, y, 0.1).item(), rel_tol=1e-5)
-    flags = ["--data", str(photos), "--preset", "demo", "--loss", "cross-entropy"]
-    assert "--loss cross-entropy: 3 images have no label" in refusal(supcon, flags, tmp_path / "run", capsys)
+    assert "3 images have no label" in refusal(supcon, ["--loss", "cross-entropy"], tmp_path / "run", capsys, data)
 
 
 def test_data_without_labels_is_one_line(photos, tmp_path, capsys):
     flat = shutil.copytree(photos / "0", tmp_path / "flat")
-    flags = ["--data", str(flat), "--preset", "demo"]
-    line = refusal(supcon, flags, tmp_path / "run", capsys)
-    assert f"--data {flat}: no two class sub-folders with images; SupCon learns from labels" in line
-    with pytest.raises(common.InputError, match="SupCon learns from labels"):
-        supcon.train(config(**TINY, out=str(tmp_path / "run")), data=torch.zeros(80, 3, 32, 32, dtype=torch.uint8))
+    line = refusal(supcon, ["--batch-size", 8], tmp_path / "run", capsys, pictures(flat))
+    assert f"--data {flat}: no image has a label; give two class sub-folders or more" in line
+    with pytest.raises(common.InputError, match="no image has a label"):
+        train(supcon, tmp_path / "run", torch.zeros(80, 3, 32, 32, dtype=torch.uint8))

@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
 import images
 import swav
 from tests.helpers import (
+    at_each_step,
     moved_by,
     one_step,
     python,
     refusal,
     resumes_bit_for_bit,
     saved,
+    train,
     trains_in_pieces,
 )
 
 SMALL = {"hidden_dim": 32, "projection_dim": 16, "prototypes": 24, "freeze_prototypes_epochs": 0.0}
-TINY = {"epochs": 1, "batch_size": 64, "knn_every": 0} | SMALL
 
 
 def config(**given):
@@ -162,11 +162,11 @@ def by_hand(model, views, large, epsilon=0.05, tau=0.1):
 @pytest.mark.parametrize(
     "crops, large, pairs", [("2x32", 2, 2), ("2x32,3x16", 2, 8), ("1x32,2x16", 1, 2), ("3x32,1x24,2x16", 3, 15)]
 )
-def test_a_step_is_sgd_on_equation_6(crops, large, pairs, few_shapes, tmp_path, monkeypatch, capsys):
+def test_a_step_is_sgd_on_equation_6(crops, large, pairs, tmp_path, monkeypatch, capsys):
     """Weight decay on everything, BN and biases too; prototypes go back to length 1."""
     given = SMALL | {"optimizer": "sgd", "lr": 0.4, "crops": crops, "epsilon": 0.05}
     metrics, start, views = one_step(swav, given, tmp_path, monkeypatch)
-    assert f"the sum of {pairs} pairs" in capsys.readouterr().out
+    assert f"a guess has the loss {pairs * math.log(24):.3f}" in capsys.readouterr().out
     sizes = [int(kind.split("x")[1]) for kind in crops.split(",") for _ in range(int(kind.split("x")[0]))]
     assert [x.shape[-1] for x in views] == sizes
     loss = by_hand(start["model"], views, large)
@@ -180,7 +180,7 @@ def test_a_step_is_sgd_on_equation_6(crops, large, pairs, few_shapes, tmp_path, 
     moved_by(loss, model, after | {"prototypes.weight": c}, 0.4, lambda p: 0.1)  # all else is plain SGD
 
 
-def test_lars_adapts_every_tensor_with_the_rate_outside_the_momentum(few_shapes, tmp_path, monkeypatch):
+def test_lars_adapts_every_tensor_with_the_rate_outside_the_momentum(tmp_path, monkeypatch):
     """As apex's LARC around SGD, which the authors use: BN and biases are no exception."""
     given = SMALL | {"optimizer": "lars", "lr": 4.0, "weight_decay": 0.01}
     _, start, views = one_step(swav, given, tmp_path, monkeypatch)
@@ -197,25 +197,20 @@ def test_lars_adapts_every_tensor_with_the_rate_outside_the_momentum(few_shapes,
         assert torch.allclose(after[name], expected, rtol=1e-3, atol=1e-5), name
 
 
-def test_prototypes_stand_still_in_the_first_epochs_and_stay_on_the_sphere(few_shapes, tmp_path, monkeypatch):
-    seen, log = [], common.Run.log
-
-    def spy_log(run, loss, z, *views):
-        seen.append(run.model.prototypes.weight.detach().clone())
-        log(run, loss, z, *views)
-
-    monkeypatch.setattr(common.Run, "log", spy_log)
-    given = TINY | {"epochs": 3, "freeze_prototypes_epochs": 1.0, "weight_decay": 0.1}
-    swav.train(config(**given, out=str(tmp_path)))
-    torch.manual_seed(0)
+def test_prototypes_stand_still_in_the_first_epochs_and_stay_on_the_sphere(tmp_path, monkeypatch):
+    seen = []
+    at_each_step(monkeypatch, lambda run, *_: seen.append(run.model.prototypes.weight.detach().clone()))
+    given = SMALL | {"freeze_prototypes_epochs": 1.0, "weight_decay": 0.1}
+    train(swav, tmp_path, **given, epochs=3)
+    torch.manual_seed(images.seed_of(0))
     seen.insert(0, swav.SwAV(config(**given)).prototypes.weight.detach())
     assert len(seen) == 10 and all(torch.allclose(c.norm(dim=1), torch.ones(24), atol=1e-6) for c in seen)
     same = [torch.allclose(a, b, atol=1e-6) for a, b in itertools.pairwise(seen)]
     assert same == [True, True, True, False, False, False, False, False, False]  # 3 steps an epoch
 
 
-def test_the_queue_holds_the_last_z_of_each_large_crop_and_takes_part_in_time(few_shapes, tmp_path, monkeypatch):
-    asked, logged, sinkhorn, log = [], [], swav.sinkhorn, common.Run.log
+def test_the_queue_holds_the_last_z_of_each_large_crop_and_takes_part_in_time(tmp_path, monkeypatch):
+    asked, logged, sinkhorn = [], [], swav.sinkhorn
 
     def spy_sinkhorn(scores, *settings):
         asked.append(scores.clone())
@@ -226,14 +221,13 @@ def test_the_queue_holds_the_last_z_of_each_large_crop_and_takes_part_in_time(fe
     forward = swav.SwAV.forward
     monkeypatch.setattr(swav.SwAV, "forward", lambda m, *x: logged.append(forward(m, *x)) or logged[-1])
 
-    def spy_log(run, loss, z, *views):
+    def look(run, *_):
         queues.append(run.model.queue.clone())
         prototypes.append(run.model.prototypes.weight.detach().clone())
-        log(run, loss, z, *views)
 
-    monkeypatch.setattr(common.Run, "log", spy_log)
-    given = TINY | {"epochs": 2, "queue_size": 100, "queue_start_epoch": 1.0, "crops": "2x32,1x16"}
-    swav.train(config(**given, out=str(tmp_path)))
+    at_each_step(monkeypatch, look)
+    given = SMALL | {"queue_size": 100, "queue_start_epoch": 1.0, "crops": "2x32,1x16"}
+    train(swav, tmp_path, **given, epochs=2)
     assert [len(scores) for scores in asked] == [64] * 6 + [164] * 6  # 3 steps an epoch, two large crops
     past = torch.cat([z[:, :2] for z, _ in logged[:3]]).transpose(0, 1)[:, -100:].detach()  # of the first epoch
     for crop in range(2):
@@ -242,7 +236,7 @@ def test_the_queue_holds_the_last_z_of_each_large_crop_and_takes_part_in_time(fe
         z, scores = logged[3]
         assert torch.equal(asked[6 + crop][:64], scores[:, crop])  # this batch, whose codes are taken
         assert torch.allclose(asked[6 + crop][64:], queues[2][crop] @ prototypes[2].T, atol=1e-5)
-    model = swav.SwAV(config(**given))
+    model = swav.SwAV(config(**given, batch_size=64))
     model.queue.copy_(queues[2])
     scores = torch.rand(9, 24)
     expected = sinkhorn(torch.cat([scores, model.queue[1] @ model.prototypes.weight.T]), 0.05, 3)[:9]
@@ -250,29 +244,28 @@ def test_the_queue_holds_the_last_z_of_each_large_crop_and_takes_part_in_time(fe
     assert torch.allclose(model.codes(scores, 1, True), expected, atol=1e-6)
 
 
-def test_a_queue_waits_until_it_is_full(few_shapes, tmp_path, monkeypatch):
+def test_a_queue_waits_until_it_is_full(tmp_path, monkeypatch):
     asked, sinkhorn = [], swav.sinkhorn
     monkeypatch.setattr(swav, "sinkhorn", lambda scores, *rest: asked.append(len(scores)) or sinkhorn(scores, *rest))
-    swav.train(config(**TINY | {"epochs": 2, "queue_size": 128, "queue_start_epoch": 0.0}, out=str(tmp_path)))
+    train(swav, tmp_path, **SMALL, epochs=2, queue_size=128, queue_start_epoch=0.0)
     assert asked == [64] * 4 + [192] * 8
 
 
-def test_the_rate_starts_and_ends_where_the_paper_says(few_shapes, tmp_path, monkeypatch):
-    rates, log = [], common.Run.log
-    spy = lambda run, *rest: rates.append(run.parts["optimizer"].param_groups[0]["lr"]) or log(run, *rest)  # noqa: E731
-    monkeypatch.setattr(common.Run, "log", spy)
-    given = TINY | {"epochs": 2, "warmup_epochs": 1.0, "lr": 4.8, "warmup_start_scale": 0.0625, "final_lr_scale": 0.001}
-    swav.train(config(**given, optimizer="lars", out=str(tmp_path)))
+def test_the_rate_starts_and_ends_where_the_paper_says(tmp_path, monkeypatch):
+    rates = []
+    at_each_step(monkeypatch, lambda run, *_: rates.append(run.parts["optimizer"].param_groups[0]["lr"]))
+    given = {"warmup_epochs": 1.0, "lr": 4.8, "warmup_start_scale": 0.0625, "final_lr_scale": 0.001}
+    train(swav, tmp_path, **SMALL | given, epochs=2, optimizer="lars")
     half = [0.0048 + (4.8 - 0.0048) * (1 + math.cos(math.pi * t / 3)) / 2 for t in range(3)]
     assert rates == pytest.approx([0.3 + 4.5 / 3, 0.3 + 9 / 3, 4.8, *half])
 
 
-def test_a_run_resumes_bit_for_bit_with_its_queue(few_shapes, tmp_path, monkeypatch):
-    given = TINY | {"epochs": 3, "batch_size": 32, "queue_size": 64, "queue_start_epoch": 1.0, "crops": "2x32,2x16"}
+def test_a_run_resumes_bit_for_bit_with_its_queue(tmp_path, monkeypatch):
+    given = SMALL | {"queue_size": 64, "queue_start_epoch": 1.0, "crops": "2x32,2x16"}
     resumes_bit_for_bit(swav, given, tmp_path, monkeypatch)
 
 
-def test_each_kind_of_crop_has_its_range_of_areas(few_shapes, tmp_path, monkeypatch):
+def test_each_kind_of_crop_has_its_range_of_areas(tmp_path, monkeypatch):
     asked, views = [], images.Images.views
 
     def spy(split, batches, crops, *rest, **named):
@@ -280,12 +273,12 @@ def test_each_kind_of_crop_has_its_range_of_areas(few_shapes, tmp_path, monkeypa
         return views(split, batches, crops, *rest, **named)
 
     monkeypatch.setattr(images.Images, "views", spy)
-    given = TINY | {"crops": "2x32,2x16,1x24", "crop_min_scale": 0.3, "small_crop_min_scale": 0.1}
-    swav.train(config(**given, out=str(tmp_path)))
-    assert asked == [[(32, (0.3, 1.0))] * 2 + [(16, (0.1, 0.3))] * 2 + [(24, (0.1, 0.3))]]
+    given = SMALL | {"crops": "2x32,2x16,1x24", "crop_min_scale": 0.3, "small_crop_min_scale": 0.1}
+    train(swav, tmp_path, **given)
+    assert asked[:1] == [[(32, (0.3, 1.0))] * 2 + [(16, (0.1, 0.3))] * 2 + [(24, (0.1, 0.3))]]
 
 
-def test_micro_batches(few_shapes, tmp_path):
+def test_micro_batches(tmp_path):
     trains_in_pieces(swav, SMALL | {"crops": "2x32,2x16"}, tmp_path)
 
 
@@ -293,9 +286,11 @@ def test_pieces_have_the_rows_of_the_whole():
     """The outputs have a row an image, so that a batch in pieces is that batch (BN in eval mode)."""
     torch.manual_seed(0)
     model, views = swav.SwAV(config(**SMALL)).eval(), [torch.rand(8, 3, s, s) for s in (32, 32, 16)]
-    whole, pieces = model(*views), common.in_pieces(model, 4, *views)
+    z, scores = whole = model(*views)
+    pieces = [
+        torch.cat(rows) for rows in zip(*(model(*(x[i : i + 2] for x in views)) for i in range(0, 8, 2)), strict=True)
+    ]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, pieces, strict=True))
-    z, scores = whole
     assert z.shape == (8, 3, 16) and scores.shape == (8, 3, 24)
     for v, x in enumerate(views):
         assert torch.allclose(z[:, v], F.normalize(model.embed(x), dim=1), atol=1e-5)
@@ -311,10 +306,10 @@ def test_bn_of_f_sees_the_crops_of_a_size_and_that_of_g_sees_all():
     assert seen == [(8, 32), (12, 16), 20]
 
 
-def test_views_png_shows_small_crops_at_their_size(few_shapes, tmp_path):
+def test_views_png_shows_small_crops_at_their_size(tmp_path):
     from PIL import Image
 
-    swav.train(config(**TINY | {"crops": "2x32,2x16"}, out=str(tmp_path)))
+    train(swav, tmp_path, **SMALL, crops="2x32,2x16")
     picture = Image.open(tmp_path / "views.png").convert("RGB")
     assert picture.getpixel((picture.width - 10, picture.height - 10)) == (255, 255, 255)
     assert picture.width > picture.height  # eight columns, four rows
@@ -356,8 +351,8 @@ def test_crops_are_read():
     ["", "2", "2x", "x32", "2x32,", "2x32;1x16", "2x32 ,1x16", "0x32", "2x4", "-2x32", "1x32", "2x32,1x7", "100x32"]
     + ["2x32,1x16,1x32", "2x32,2x32", "02x32"],
 )
-def test_other_crops_are_refused(text, few_shapes, tmp_path, capsys):
-    assert f"--crops {text}: give two or more" in refusal(swav, [f"--crops={text}"], tmp_path, capsys)
+def test_other_crops_are_refused(text, tmp_path, capsys):
+    assert f"--crops {text}: give two crops or more" in refusal(swav, [f"--crops={text}"], tmp_path, capsys)
 
 
 def test_without_equal_shares_a_few_prototypes_take_all():
@@ -368,23 +363,17 @@ def test_without_equal_shares_a_few_prototypes_take_all():
     assert used[0] < 6 and used[3] > 12
 
 
-def test_a_queue_of_a_preset_is_fitted_and_one_given_is_not(few_shapes, tmp_path, capsys):
-    tiny = {k: v for k, v in TINY.items() if k != "batch_size"}
-    small = {"data": "shapes", "image_size": 32, "backbone": "resnet8", "crops": "2x32"}
-    swav.train(swav.Config.preset("paper-256", **small, **tiny, out=str(tmp_path)))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "--batch-size 256 becomes 16" in said and "--queue-size 3840 becomes 240" in said
-    assert "--queue-start-epoch 15 becomes 0.1" in said
-    asked = ["--batch-size", "64", "--queue-size", "40"]
-    assert "--queue-size 40: give 0, or at least the batch's 64" in refusal(swav, asked, tmp_path / "b", capsys)
+def test_a_queue_that_no_run_can_have_is_refused(tmp_path, capsys):
+    for flags, words in ((["--queue-size", 40], "--queue-size 40"), (["--queue-size", 9999], "--queue-size 9999")):
+        assert words in refusal(swav, [*flags, "--queue-start-epoch", 0], tmp_path, capsys)
 
 
-def test_in_mixed_precision_scores_and_codes_are_float32(few_shapes, tmp_path, monkeypatch):
+def test_in_mixed_precision_scores_and_codes_are_float32(tmp_path, monkeypatch):
     """A bfloat16 cosine is known to 0.004, which epsilon would blow up; and the loss is near that of float32."""
-    given, found, dtypes, sinkhorn = TINY | {"queue_size": 64, "queue_start_epoch": 0.0}, {}, set(), swav.sinkhorn
+    given, found, dtypes, sinkhorn = SMALL | {"queue_size": 64, "queue_start_epoch": 0.0}, {}, set(), swav.sinkhorn
     monkeypatch.setattr(swav, "sinkhorn", lambda s, *rest: dtypes.add(s.dtype) or sinkhorn(s, *rest))
     for amp in ("off", "bf16"):
-        found[amp] = swav.train(config(**given, amp=amp, out=str(tmp_path / amp)))["loss"]
+        found[amp] = train(swav, tmp_path / amp, **given, amp=amp)["loss"]
     assert dtypes == {torch.float32} and math.isclose(found["off"], found["bf16"], rel_tol=0.05)
 
 
