@@ -54,6 +54,8 @@ def exit_status() -> Iterator[None]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
+        if share()[1] > 1:
+            dist.destroy_process_group()
         return
     except KeyboardInterrupt as stop:
         line, number = stop.args or ("stopped", signal.SIGINT)
@@ -64,7 +66,8 @@ def exit_status() -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         line, status = "error: out of memory; give a smaller --batch-size, or a --micro-batch-size", 1
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     time.sleep(3 * (rank > 0))  # torchrun ends this process meanwhile, if rank 0 says the same
     print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
     sys.exit(status)
@@ -76,8 +79,8 @@ def share() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...). The gradient of a loss of all rows is
-    exact if each process computes it: W times its own rows', of which DDP takes the mean over processes."""
+    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...). If each process computes the loss of
+    all rows, the gradient of its own rows is W times as large here, because DDP then takes the mean over processes."""
     rank, world = share()
     if world == 1:
         return x
@@ -95,13 +98,13 @@ def over_all(x: Tensor, op: str = "SUM") -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; of torchrun's processes each has its own, and here they meet. Raises `InputError`."""
+    """The device of that name. Each of torchrun's processes takes its own GPU, and the process group starts here."""
     several, name = "RANK" in os.environ, name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {name}", "give cpu or auto; torchrun sets RANK, and needs a GPU for each process"):
         device = torch.device(name, int(os.environ["LOCAL_RANK"])) if several and name == "cuda" else torch.device(name)
-        torch.ones(1, device=device).item()
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the current one
+        torch.ones(1, device=device).item()
         if several and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
@@ -181,8 +184,10 @@ class RunConfig(Flags):
     resume: str = ""  # a run's folder: go on there with its flags, or start there if it holds no run yet
 
     def check(self) -> None:
-        self.need("batch_size > 0", "image_size >= 8", "micro_batch_size != 1")
-        self.need("warmup_epochs <= epochs or epochs == 0")
+        self.need("batch_size > 0", "image_size >= 8")
+        ensure(self.micro_batch_size != 1, "--micro-batch-size 1: BN compares images; give 2 or more")
+        long = f"--warmup-epochs {self.warmup_epochs:g}: give at most --epochs {self.epochs}"
+        ensure(self.warmup_epochs <= self.epochs or self.epochs == 0, long)
 
 
 def dashed(name: str) -> str:
@@ -385,9 +390,9 @@ def health(z: Tensor) -> tuple[float, float, float]:
     exp of the singular values' entropy (Roy & Vetterli 2007); two rows' mean squared cosine, 1 on a line."""
     z, n = F.normalize(z.cpu().double(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
-    share = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
+    part = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
     cos2 = (squares.square().sum() - n) / max(1, n * (n - 1)) if z.any() else 1.0  # a row with itself adds n
-    return float(z.std(0, correction=0).mean()), float(torch.special.entr(share).sum().exp()), float(cos2)
+    return float(z.std(0, correction=0).mean()), float(torch.special.entr(part).sum().exp()), float(cos2)
 
 
 def new_folder(out: str, again: bool = False) -> str:
@@ -502,10 +507,13 @@ class Run:
                 groups = {k: v for k, v in self.parts[name].state_dict().items() if k == "param_groups"}
                 self.parts[name].load_state_dict(kept | groups)
         self.kept = {}
-        c.out = new_folder(c.out, again=bool(c.resume)) if self.rank == 0 else c.out
         if c.tensorboard:
             with explain("--tensorboard", "pip install tensorboard"):
                 importlib.import_module("torch.utils.tensorboard")
+        names = [new_folder(c.out, again=bool(c.resume)) if self.rank == 0 else ""]
+        if self.world > 1:
+            dist.broadcast_object_list(names)
+        c.out = names[0]
         self.save()
         given = dataclasses.asdict(c) | {"out": type(c).out, "resume": ""}
         given = {k: v for k, v in given.items() if v != getattr(type(c), k)}
@@ -524,7 +532,7 @@ class Run:
         network = Network(model, c, self.device).train()
         if self.world > 1:
             network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-            network.broadcast_buffers = False  # each process keeps running statistics of its own
+            network.broadcast_buffers = False  # from now on: the constructor has sent rank 0's buffers to all
         return network
 
     def save(self) -> None:
@@ -597,7 +605,7 @@ class Run:
         look, save, stop = over_all(wanted, "MAX").tolist()  # all processes do the same
         if not look:
             return
-        for value in (over_all(torch.stack(self.losses).double().cpu()) / self.world).tolist():
+        for value in (over_all(torch.stack(self.losses).cpu().double()) / self.world).tolist():
             self.loss_sum += value
         if not math.isfinite(self.loss_sum):
             self.save()  # raises `RunFailure`

@@ -27,7 +27,7 @@ from common import RunConfig
 from images import Images, ensure
 from linear_eval import embed_readable, open_run
 
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # folders that are no classes
+SPLITS = {word for words in images.SPLITS for word in words}  # folders that are no classes
 
 
 def pictures_of(folder: str, config: RunConfig, device: torch.device) -> tuple[Images, list[str]]:
@@ -91,8 +91,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     ensure(args.out or args.map, "nothing to write; give --out features.npz, --map map.png, or both")
     for flag, path, suffixes in (("--out", args.out, (".npz",)), ("--map", args.map, (".png", ".jpg"))):
-        ensure(not path or path.suffix in suffixes, f"{flag} {path}: give a name that ends in {' or '.join(suffixes)}")
-        ensure(not path or path.absolute().parent.is_dir(), f"{flag} {path}: no folder {path.parent}; make it first")
+        path = path or Path(f"left-out{suffixes[0]}")
+        ensure(path.suffix in suffixes, f"{flag} {path}: give a name that ends in {' or '.join(suffixes)}")
+        ensure(path.absolute().parent.is_dir(), f"{flag} {path}: there is no folder {path.parent}; make it first")
     config, model = open_run(args)
     device = common.pick_device(args.device)
     model = model.to(device, memory_format=torch.channels_last)

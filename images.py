@@ -93,9 +93,9 @@ class Images:
         if self.pixels is None:
             arriving = self.stream([piece for batch in batches for piece in batch.split(256)], crops, seed, workers)
             for batch in batches:  # a worker takes at most 256 images at a time
-                *views, _ = map(torch.cat, zip(*(next(arriving) for _ in batch.split(256)), strict=True))
+                *views, _ = zip(*(next(arriving) for _ in batch.split(256)), strict=True)
                 ensure(2 * len(self.bad) <= len(self) + 1, f"{self.paths[0]}: few can be read; is the folder there?")
-                yield [view.to(self.device, non_blocking=True).float().div_(255) for view in views]
+                yield [torch.cat([p.to(self.device, non_blocking=True) for p in v]).float().div_(255) for v in views]
             return
         shape = torch.tensor(self.pixels.shape[2:])
         for index in batches:

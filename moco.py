@@ -31,8 +31,7 @@ The demo ends at a kNN of 0.853 to 0.937; raw pixels reach 0.726 (five seeds; an
 This file differs from the authors' code in four points. The cosine moves at every step, theirs at every epoch. The
 blur's kernel is a tenth of the side; theirs (Pillow's) has no bound and blurs visibly more at 32 pixels. Pictures are
 normalised by torchvision's mean and deviation; their CIFAR notebook takes CIFAR-10's. The memory bank's negatives are
-drawn once a batch, from the images outside it; Wu et al. draw them for each query, from all images.
-"""
+drawn once a batch, from the images outside it; Wu et al. draw them for each query, from all images."""
 
 import copy
 import math
@@ -91,10 +90,11 @@ class Config(RunConfig):
 
     def check(self) -> None:
         super().check()
-        self.need("lr > 0", "temperature > 0", "queue_size > 0", "projection_dim > 0", "bn_splits > 0")
-        self.need("momentum <= 1", "bank_momentum <= 1", "blur <= 1", "0 < crop_min_scale <= 1")
-        self.need("mechanism != 'memory-bank' or not symmetric")  # a bank has one vector for an image
-        self.need("mechanism != 'end-to-end' or loss_backend in ('auto', 'naive')")  # kernels/ needs a queue
+        self.need("lr > 0", "temperature > 0", "queue_size > 0", "projection_dim > 0", "bn_splits > 0", "blur <= 1")
+        self.need("momentum <= 1", "bank_momentum <= 1", "0 < crop_min_scale <= 1")
+        ensure(not self.symmetric or self.mechanism != "memory-bank", "--symmetric: a bank has one vector for an image")
+        fused = self.mechanism == "end-to-end" and self.loss_backend in ("triton", "blocked")
+        ensure(not fused, f"--loss-backend {self.loss_backend}: end-to-end has none; leave it out")
         self.need("batch_size % bn_splits == 0", "batch_size >= 2 * bn_splits")
 
 

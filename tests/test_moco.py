@@ -456,11 +456,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(mechanism, tmp_path, monkeypatch
         (["--queue-size", 300], "--queue-size 300: give at most 200"),
         (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give batch_size % bn_splits == 0"),
         (["--micro-batch-size", 2], "--bn-splits 2: give 2 * bn_splits <= 2"),
-        (["--mechanism", "memory-bank", "--symmetric"], "--mechanism memory-bank --symmetric True: give"),
+        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a bank has one vector for an image"),
         (["--mechanism", "memory-bank", "--batch-size", 200], "--batch-size 200: give less than 200"),
         (
             ["--mechanism", "end-to-end", "--loss-backend", "blocked"],
-            "--mechanism end-to-end --loss-backend blocked: give",
+            "--loss-backend blocked: end-to-end has none",
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

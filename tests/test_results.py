@@ -1,6 +1,5 @@
 """results.py and peers.py: the protocol, its rule, stopping and going on; and what the races compare."""
 
-import contextlib
 import json
 import re
 import signal
@@ -16,7 +15,7 @@ from torchvision.transforms import functional as TF
 import common
 import images
 import simclr
-from benchmarks import loss, peers, results, table
+from benchmarks import results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,44 +155,3 @@ def test_a_stopped_table_goes_on(split_photos, tmp_path):
     said = child.communicate()[0]
     assert child.returncode == 0 and "SimCLR, seed 0: done" in said, said
     assert log.read_text().split()[: len(before)] == before
-
-
-def test_a_race_takes_turns_and_gives_the_lead_within_a_round(capsys):
-    rates = {"ours": iter([1, 20, 30, 90]), "theirs": iter([1, 10, 10, 10])}
-    said = table.race("views", {name: lambda r=r: next(r) for name, r in rates.items()}, 3)
-    assert said.split("\n")[2:] == ["| ours | 30 | 1 |", "| theirs | 10 | 3.00 (2.00 to 9.00) |"]
-    assert said in capsys.readouterr().out
-    assert torch.__version__ in table.machine() and "cores" in table.machine()
-
-
-@pytest.mark.parametrize("size, blurs", [(32, []), (224, ["RandomApply"])])
-def test_contenders_take_the_recipe_of_the_method(size, blurs):
-    config = peers.config_for(size)
-    crop, flip, some, grey, *rest = peers.of_torchvision(size, config).transforms
-    assert (crop.size, crop.scale, flip.p, some.p, grey.p) == ((size, size), (0.08, 1.0), 0.5, 0.8, 0.2)
-    assert [type(op).__name__ for op in rest] == [*blurs, "ToImage", "ToDtype", "Normalize"]
-    pixels, _ = images.make_shapes(2, 3, size)
-    views = [torch.stack([peers.of_torchvision(size, config)(p) for p in pixels])]
-    with contextlib.suppress(ImportError):
-        views.append(peers.of_kornia(size, config)(pixels / 255))
-    for view in views:
-        assert view.shape == (2, 3, size, size) and view.dtype == torch.float32 and view.amin() < -0.5
-
-
-def test_streaming_contenders_make_the_same_batches(monkeypatch):
-    made = {}
-
-    def shapes(batches, total):  # ImageFolder adds the labels
-        assert total == 4
-        return [[tuple(v.shape) for v in (b[0] if isinstance(b[0], list) else b)] for b in batches]
-
-    monkeypatch.setattr(peers, "rate", shapes)
-    monkeypatch.setattr(table, "race", lambda title, work, rounds: made.update({k: f() for k, f in work.items()}))
-    peers.stream(5, 2, 1, 1)
-    assert len(made) == 3 and all(found == [[(2, 3, 224, 224)] * 2] * 2 for found in made.values()), made
-
-
-def test_the_losses_that_are_timed_are_one_loss():
-    arguments = loss.inputs("nt_xent", 32, 8, "cpu", torch.float32)
-    values = {name: f(*arguments).item() for name, f in loss.NT_XENT.items() if not name.startswith("compile")}
-    assert len(values) >= 5 and all(v == pytest.approx(values["naive"], rel=1e-5) for v in values.values()), values

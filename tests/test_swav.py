@@ -1,6 +1,5 @@
 """The paper's codes, loss, prototypes, multi-crop and queue, and whole runs of the script."""
 
-import csv
 import itertools
 import math
 
@@ -15,7 +14,6 @@ from tests.helpers import (
     at_each_step,
     moved_by,
     one_step,
-    python,
     refusal,
     resumes_bit_for_bit,
     saved,
@@ -375,19 +373,3 @@ def test_in_mixed_precision_scores_and_codes_are_float32(tmp_path, monkeypatch):
     for amp in ("off", "bf16"):
         found[amp] = train(swav, tmp_path / amp, **given, amp=amp)["loss"]
     assert dtypes == {torch.float32} and math.isclose(found["off"], found["bf16"], rel_tol=0.05)
-
-
-DEMO = (
-    "--preset demo --epochs 2 --batch-size 64 --lr 0.2 --image-size 16 --crops 2x16 --crop-min-scale 0.5 --knn-every 0"
-)
-
-
-@pytest.mark.slowest
-@pytest.mark.parametrize("rounds", [0, 3])
-def test_without_equal_shares_the_script_collapses_and_says_so(rounds, tmp_path):
-    """The same 312 steps with and without them: all images get one code, which costs nothing to predict."""
-    done = python("swav.py", *DEMO.split(), "--sinkhorn-iterations", rounds, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert ("warning: the output has collapsed" in done.stdout) == (rounds == 0), done.stdout
-    row = list(csv.DictReader((tmp_path / "log.csv").open()))[-1]
-    assert (float(row["loss"]) < 0.1) == (rounds == 0)
