@@ -47,7 +47,7 @@ simclr    --epochs                                            argument --epochs:
 simclr    --epochs many                                       argument --epochs: invalid int value: 'many'
 simclr    --epochs 1.5                                        argument --epochs: invalid int value: '1.5'
 simclr    --epochs -1                                         --epochs -1: give a whole number, 0 or more
-simclr    --epochs 1 --warmup-epochs 2                        --epochs 1 --warmup-epochs 2.0: give warmup_epochs <
+simclr    --epochs 1 --warmup-epochs 2                        --warmup-epochs 2: give at most --epochs 1
 simclr    --temperature 0                                     --temperature 0.0: give temperature > 0
 simclr    --temperature nan                                   --temperature nan: give a number, 0 or more
 simclr    --lr -0.1                                           --lr -0.1: give a number, 0 or more
@@ -63,7 +63,7 @@ simclr    --seed -1                                           --seed -1: give a 
 simclr    --batch-size 0                                      --batch-size 0: give batch_size > 0
 simclr    --batch-size 1                                      --batch-size 1: give batch_size > 1
 simclr    --batch-size 201                                    --batch-size 201: there are 200 training images; give
-simclr    --micro-batch-size 1                                --micro-batch-size 1: give micro_batch_size != 1
+simclr    --micro-batch-size 1                                --micro-batch-size 1: BN compares images; give 2 or more
 simclr    --micro-batch-size 48                               --micro-batch-size 48: give a divisor of 128
 simclr    --image-size 4                                      --image-size 4: give image_size >= 8
 simclr    --backbone resnet19                                 --backbone resnet19: Unknown model resnet19; give resnet8
@@ -82,9 +82,9 @@ moco      --momentum 1.5                                      --momentum 1.5: gi
 moco      --queue-size 0                                      --queue-size 0: give queue_size > 0
 moco      --queue-size 201                                    --queue-size 201: give at most 200
 moco      --bn-splits 40                                      --batch-size 64 --bn-splits 40: give
-moco      --mechanism memory-bank --symmetric                 --symmetric True
+moco      --mechanism memory-bank --symmetric                 --symmetric: a bank has one vector for an image
 moco      --mechanism memory-bank --batch-size 200            --batch-size 200: give less than 200
-moco      --mechanism end-to-end --loss-backend blocked       --mechanism end-to-end --loss-backend blocked: give
+moco      --mechanism end-to-end --loss-backend blocked       --loss-backend blocked: end-to-end has none; leave
 moco      --mechanism list                                    argument --mechanism: invalid choice: 'list'
 pairwise  --loss best                                         argument --loss: invalid choice: 'best'
 pairwise  --negatives hard                                    argument --negatives: invalid choice: 'hard'
