@@ -1,4 +1,4 @@
-"""results.py and peers.py: the protocol, its rule, stopping and going on; and what the races compare."""
+"""results.py: the protocol, its rule, stopping and going on."""
 
 import json
 import re
