@@ -59,7 +59,7 @@ def exit_status() -> Iterator[None]:
         return
     except KeyboardInterrupt as stop:
         line, number = stop.args or ("stopped", signal.SIGINT)
-        status = 128 + number
+        status, line = 128 + number, "" if rank else line  # a signal reaches all processes: rank 0 says so
     except (InputError, RunFailure, OSError) as error:
         line, status = f"error: {error}", 2 if isinstance(error, InputError) else 1
     except (RuntimeError, MemoryError) as error:
@@ -68,8 +68,9 @@ def exit_status() -> Iterator[None]:
         line, status = "error: out of memory; give a smaller --batch-size, or a --micro-batch-size", 1
     with suppress(OSError):
         sys.stdout.flush()
-    time.sleep(3 * (rank > 0))  # torchrun ends this process meanwhile, if rank 0 says the same
-    print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
+    if line:
+        time.sleep(10 * (rank > 0))  # torchrun ends this process meanwhile, if rank 0 says the same
+        print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
     sys.exit(status)
 
 
