@@ -316,7 +316,7 @@ def test_a_batch_that_cannot_be_shared_is_one_line(photos, tmp_path):
     job = torchrun("simclr.py", *tiny(photos, "--batch-size", 31, "--out", tmp_path))
     assert job.returncode == 1 and "exitcode  : 2" in job.stderr
     assert len(re.findall("^error: --batch-size 31: give a multiple of 2", job.stderr, re.M)) == 1
-    assert "Traceback" not in job.stderr.split("torch.distributed")[0]
+    assert "Traceback" not in job.stderr.split("torch/distributed")[0]  # torchrun has one of its own
 
 
 @pytest.mark.slowest  # three jobs, which test_linear_eval.py covers in one process
