@@ -194,10 +194,10 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
         q1, z2 = network(v1, v2)  # q(z) of v1, z' of v2: (N, d); one view at a time, so BN statistics are of one view
-        loss = byol_loss(q1.float(), z2.float())
+        loss = byol_loss(q1, z2)
         if config.symmetric:
             q2, z1 = network(v2, v1)
-            loss = loss + byol_loss(q2.float(), z1.float())
+            loss = loss + byol_loss(q2, z1)
 
         optimizer.zero_grad()
         loss.backward()

@@ -80,7 +80,6 @@ class Config(Flags):
     out: str = "runs/cebra"  # folder of the run; if it holds a run, a new one beside it, such as runs/cebra-2
 
     def check(self) -> None:
-        super().check()
         self.need("time_offset > 0", "hidden_dim > 1", "embedding_dim > 0", "batch_size > 0", "lr > 0")
         self.need("temperature > 0", "min_temperature > 0", "temperature >= min_temperature or not learn_temperature")
         self.need("embedding_dim > 1 or similarity == 'euclidean'")  # the sphere in one dimension is two points
@@ -295,9 +294,10 @@ def save(config: Config, model: CEBRA, rows: list[tuple]) -> None:
         raise common.RunFailure(f"epoch {len(rows)}: the loss or a weight is not finite; {kept}")
     about = {"method": "cebra", "config": dataclasses.asdict(config), "span": None, "inputs": [model.neurons]}
     common.save_whole(about | {"parts": {"model": ("CEBRA", weights)}, "rows": rows}, out / "checkpoint.pt")
-    common.save_whole(json.dumps({"method": "cebra"} | about["config"], indent=1) + "\n", out / "config.json")
-    columns = "epoch,loss,goodness_of_fit,temperature,samples_per_second\n"
-    common.save_whole(columns + "".join(",".join(f"{v:.6g}" for v in row) + "\n" for row in rows), out / "log.csv")
+    common.save_whole(json.dumps({"method": "cebra"} | about["config"], indent=1).encode(), out / "config.json")
+    lines = ["epoch,loss,goodness_of_fit,temperature,samples_per_second"]
+    lines += [",".join(f"{v:.6g}" for v in row) for row in rows]
+    common.save_whole("\n".join([*lines, ""]).encode(), out / "log.csv")
 
 
 def finish(config: Config, recording: Recording, model: CEBRA, backend: str, rows: list[tuple]) -> dict[str, Any]:

@@ -43,14 +43,14 @@ def ensure(ok: Any, message: str) -> None:
 
 
 @contextmanager
-def explain(what: str, advice: str) -> Iterator[None]:
-    """Make what fails inside an `InputError`: what it was about, why it failed, what to give. Keep the blocks small."""
+def explain(what: str, advice: str, kind: type[Exception] = InputError) -> Iterator[None]:
+    """Make what fails inside a `kind`: what it was about, why it failed, what to give. Keep the blocks small."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries raise many kinds
-        raise InputError(f"{what}: {reason(error)}; {advice}") from None
+        raise kind(f"{what}: {reason(error)}; {advice}") from None
 
 
 def reason(error: Exception) -> str:

@@ -106,7 +106,7 @@ def embed_readable(network: Callable, split: Images, config: RunConfig) -> tuple
         split = dataclasses.replace(split, pixels=None, sizes=None)
     features, damaged = common.embed(network, split, config), torch.zeros(len(split), dtype=torch.int32)
     damaged[list(split.bad)] = 1
-    rows = (common.over_all(damaged, "MAX") == 0).nonzero().squeeze(1)
+    rows = (common.gather(damaged[None]).amax(0) == 0).nonzero().squeeze(1)
     if len(rows) < len(split):
         print(f"note: damaged pictures left out: {len(split) - len(rows):,}")
     return features[rows.to(features.device)], rows
@@ -188,12 +188,12 @@ def fit_as_published(
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        last = common.over_all(torch.stack(losses).mean()).item() / world
+        last = common.gather(torch.stack(losses).mean()[None]).mean().item()
         if not math.isfinite(last):
             raise common.RunFailure(f"the loss is {last} in epoch {epoch + 1}; give a lower --lr than {how.lr:g}")
         print(f"  epoch {epoch + 1}/{how.epochs}  loss {last:.4f}", flush=True)
     for statistic in [b for b in learner.eval().buffers() if b.is_floating_point()]:
-        common.over_all(statistic).div_(world)  # on CPUs each process has BN statistics of its own
+        statistic.copy_(common.gather(statistic[None]).mean(0))  # on CPUs each process has BN statistics of its own
     return classifier.requires_grad_(False)
 
 
@@ -216,7 +216,7 @@ def save_for_torchvision(fc: nn.Linear, backbone: nn.Module, names: list[str], c
         "model.eval()",
         f"view = Compose([Resize({short}), CenterCrop({size}), ToTensor(), Normalize({mean}, {std})])",
     ]
-    common.save_whole("\n".join(lines) + "\n", text)
+    common.save_whole("\n".join([*lines, ""]).encode(), text)
     print(f"{path}: the network with its classifier; {text}: class names, and how torchvision loads it")
 
 

@@ -270,7 +270,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         q, k = network(x_q, x_k)
         k = gather(k)[order.argsort()] if shuffled else gather(k)
         if mechanism == "end-to-end":  # every process computes the whole loss
-            return info_nce(gather(q.float()), k.float(), None, tau), q, k
+            return info_nce(gather(q), k, None, tau), q, k
         return loss_of(q, k[rank::world], queue.keys, tau), q, k
 
     for index, views in run.batches(views=1 if mechanism == "memory-bank" else 2, scale=(config.crop_min_scale, 1.0)):

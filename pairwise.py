@@ -222,7 +222,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
 
         z1, z2 = network(x1, x2)  # (N, d) each
-        every = [gather(x) for x in (z1.float(), z2.float(), labels[index].to(run.device))]  # of all processes
+        every = [gather(x) for x in (z1, z2, labels[index].to(run.device))]  # of all processes
         loss = LOSSES[config.loss](*distances(*every, config.normalize), **constants)
 
         optimizer.zero_grad()

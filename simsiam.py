@@ -165,12 +165,13 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     note = f"{D.__name__}, {'the mean of both directions' if config.symmetric else 'of one direction'}; "
     note += f"the predictor's learning rate is {config.predictor_lr}"
     network = run.begin(model, optimizer=optimizer, note=note)
+    optimizer.param_groups[1]["lr"] = lr  # a resumed run may be given another one
 
     for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
         x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
-        p1, p2, z1, z2 = (out.float() for out in network(x1, x2))  # (N, d) each
+        p1, p2, z1, z2 = network(x1, x2)  # (N, d) each
         loss = D(p1, z2, config.stop_gradient)
         if config.symmetric:
             loss = loss / 2 + D(p2, z1, config.stop_gradient) / 2  # equation 4

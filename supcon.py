@@ -183,7 +183,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
 
         z, y = torch.cat(network(x1, x2)), labels[index.to(run.device)].repeat(2)  # (2N, d), (2N,)
         if baseline:  # of all processes' views, so that each process has the same gradients of the classifier
-            loss = F.cross_entropy(classifier(gather(z.float())), gather(y))
+            loss = F.cross_entropy(classifier(gather(z)), gather(y))
         else:
             loss = scale * loss_of(z, y, tau, loss=config.loss)  # equation 2 or 3
 

@@ -122,7 +122,7 @@ def one_run(row: str, words: Sequence[str], out: Path, data: Data, linear: bool)
         config, model = common.load_run(out)
         model = model.to(device, memory_format=torch.channels_last)
         result["linear_top1"] = linear_eval.evaluate(linear_eval.parse([str(out)]), config, model, data)["linear_top1"]
-    common.save_whole(json.dumps(result, indent=1) + "\n", written)
+    common.save_whole(json.dumps(result, indent=1).encode(), written)
     return result
 
 
@@ -224,17 +224,17 @@ def main(argv: list[str] | None = None) -> None:
     same = not kept.exists() or kept.read_text() == rule
     ensure(same, f"--out {folder}: its runs are of another protocol, see {kept}; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    common.save_whole(rule, kept)
+    common.save_whole(rule.encode(), kept)
 
     def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(f"stopped; the same command goes on with what is left in {folder}", number)
+        raise KeyboardInterrupt(f"stopped; the same command goes on with what is left in {folder}", 128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     failed = run_all([(row, args.seeds[0]) for row in args.rows], args, words)
     failed += run_all([("SimCLR", seed) for seed in args.seeds[1:] if "SimCLR" in args.rows], args, words)
     said = report(args) if any(folder.glob("*/seed-*/result.json")) else "nothing is done yet"
-    common.save_whole(said + "\n", folder / "results.md")
+    common.save_whole(f"{said}\n".encode(), folder / "results.md")
     print(f"\n{said}")
     if failed:
         raise common.RunFailure(f"{'; '.join(failed)}: see the files of that name in {folder}")

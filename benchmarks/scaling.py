@@ -79,7 +79,7 @@ def measure_loss(rank, processes, folder, n, d):
         dist.barrier()
         before = status("VmRSS")
         loss(*z).backward()
-        peak = int(common.over_all(torch.tensor(status("VmHWM") - before), "MAX"))
+        peak = int(common.gather(torch.tensor([status("VmHWM") - before])).max())
         start = sent()
         for _ in range(STEPS):
             loss(*z).backward()

@@ -14,7 +14,7 @@ from PIL import Image
 
 import common
 import simclr
-from tests.helpers import METHODS, at_each_step, equal, few_shapes, python, refusal, saved, train
+from tests.helpers import METHODS, at_each_step, equal, few_shapes, flags, python, refusal, saved, train
 
 TINY = ["--preset", "demo", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "64", "--image-size", "16"]
 
@@ -22,7 +22,7 @@ TINY = ["--preset", "demo", "--epochs", "1", "--warmup-epochs", "0", "--batch-si
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """To draw curves.png takes longer than a run does here."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 def outcome(capsys, *argv, method=simclr, data=None):
@@ -47,25 +47,25 @@ simclr    --epochs                                            argument --epochs:
 simclr    --epochs many                                       argument --epochs: invalid int value: 'many'
 simclr    --epochs 1.5                                        argument --epochs: invalid int value: '1.5'
 simclr    --epochs -1                                         --epochs -1: give a whole number, 0 or more
-simclr    --epochs 1 --warmup-epochs 2                        --warmup-epochs 2: give at most --epochs 1
-simclr    --temperature 0                                     --temperature 0.0: give temperature > 0
+simclr    --epochs 1 --warmup-epochs 2                        --warmup-epochs 2.0: give --warmup-epochs <= --epochs
+simclr    --temperature 0                                     --temperature 0.0: give --temperature > 0
 simclr    --temperature nan                                   --temperature nan: give a number, 0 or more
 simclr    --lr -0.1                                           --lr -0.1: give a number, 0 or more
 simclr    --lr inf                                            --lr inf: give a number, 0 or more
-simclr    --lr 0                                              --lr 0.0: give lr > 0
+simclr    --lr 0                                              --lr 0.0: give --lr > 0
 simclr    --save-minutes -1                                   --save-minutes -1.0: give a number, 0 or more
-simclr    --crop-min-scale 1.5                                --crop-min-scale 1.5: give 0 < crop_min_scale <= 1
-simclr    --crop-min-scale 0                                  --crop-min-scale 0.0: give 0 < crop_min_scale <= 1
-simclr    --blur 2                                            --blur 2.0: give blur <= 1
-simclr    --jitter-strength 9                                 --jitter-strength 9.0: give jitter_strength <= 2.5
+simclr    --crop-min-scale 1.5                                --crop-min-scale 1.5: give 0 < --crop-min-scale <= 1
+simclr    --crop-min-scale 0                                  --crop-min-scale 0.0: give 0 < --crop-min-scale <= 1
+simclr    --blur 2                                            --blur 2.0: give --blur <= 1
+simclr    --jitter-strength 9                                 --jitter-strength 9.0: give --jitter-strength <= 2.5
 simclr    --workers -1                                        --workers -1: give a whole number, 0 or more
 simclr    --seed -1                                           --seed -1: give a whole number, 0 or more
-simclr    --batch-size 0                                      --batch-size 0: give batch_size > 0
-simclr    --batch-size 1                                      --batch-size 1: give batch_size > 1
+simclr    --batch-size 0                                      --batch-size 0: give --batch-size > 0
+simclr    --batch-size 1                                      --batch-size 1: give --batch-size > 1
 simclr    --batch-size 201                                    --batch-size 201: there are 200 training images; give
-simclr    --micro-batch-size 1                                --micro-batch-size 1: BN compares images; give 2 or more
+simclr    --micro-batch-size 1                                --micro-batch-size 1: give --micro-batch-size != 1
 simclr    --micro-batch-size 48                               --micro-batch-size 48: give a divisor of 128
-simclr    --image-size 4                                      --image-size 4: give image_size >= 8
+simclr    --image-size 4                                      --image-size 4: give --image-size >= 8
 simclr    --backbone resnet19                                 --backbone resnet19: Unknown model resnet19; give resnet8
 simclr    --backbone vgg11                                    --backbone vgg11
 simclr    --init nowhere.pt                                   --init nowhere.pt: No such file
@@ -78,8 +78,8 @@ simclr    --device meta                                       --device meta
 simclr    --device cuda:77                                    --device cuda:77
 simclr    --device mps:x                                      --device mps:x
 simclr    --out /dev/null/run                                 --out /dev/null/run: Not a directory
-moco      --momentum 1.5                                      --momentum 1.5: give momentum <= 1
-moco      --queue-size 0                                      --queue-size 0: give queue_size > 0
+moco      --momentum 1.5                                      --momentum 1.5: give --momentum <= 1
+moco      --queue-size 0                                      --queue-size 0: give --queue-size > 0
 moco      --queue-size 201                                    --queue-size 201: give at most 200
 moco      --bn-splits 40                                      --batch-size 64 --bn-splits 40: give
 moco      --mechanism memory-bank --symmetric                 --symmetric: a bank has one vector for an image
@@ -89,23 +89,23 @@ moco      --mechanism list                                    argument --mechani
 pairwise  --loss best                                         argument --loss: invalid choice: 'best'
 pairwise  --negatives hard                                    argument --negatives: invalid choice: 'hard'
 pairwise  --loss infonce --margin 7                           --margin: --loss infonce does not use it
-byol      --momentum 1.5                                      --momentum 1.5: give momentum <= 1
-byol      --blur-1 2                                          --blur-1 2.0: give blur_1 <= 1
-byol      --batch-size 1                                      --batch-size 1: give batch_size > 1
+byol      --momentum 1.5                                      --momentum 1.5: give --momentum <= 1
+byol      --blur-1 2                                          --blur-1 2.0: give --blur-1 <= 1
+byol      --batch-size 1                                      --batch-size 1: give --batch-size > 1
 byol      --loss-backend naive                                unrecognized arguments: --loss-backend naive
-simsiam   --projector-layers 0                                --projector-layers 0: give projector_layers > 0
+simsiam   --projector-layers 0                                --projector-layers 0: give --projector-layers > 0
 simsiam   --predictor none --head-bn all                      --head-bn all: --predictor none has no BN
 supcon    --loss cross-entropy --loss-backend blocked         --loss-backend blocked: cross-entropy has no kernel
-supcon    --base-temperature 0                                --base-temperature 0.0: give base_temperature > 0
+supcon    --base-temperature 0                                --base-temperature 0.0: give --base-temperature > 0
 swav      --image-size 48                                     --image-size 48: --crops 2x32 begins with another side
 swav      --crops 1x32                                        --crops 1x32: give two crops or more
 swav      --crops 2x32,1x16 --small-crop-min-scale 0.9        --small-crop-min-scale 0.9
-swav      --queue-size 10                                     --queue-size 10: give queue_size >= batch_size
+swav      --queue-size 10                                     --queue-size 10: give --queue-size >= --batch-size
 swav      --queue-size 201 --queue-start-epoch 0              --queue-size 201: there are 200 training images
 swav      --queue-size 128 --queue-start-epoch 5              --queue-start-epoch 5: --epochs 1 is over by then
-swav      --prototypes 1                                      --prototypes 1: give prototypes > 1
-swav      --epsilon 0                                         --epsilon 0.0: give epsilon > 0
-swav      --final-lr-scale 2                                  --final-lr-scale 2.0: give final_lr_scale <= 1
+swav      --prototypes 1                                      --prototypes 1: give --prototypes > 1
+swav      --epsilon 0                                         --epsilon 0.0: give --epsilon > 0
+swav      --final-lr-scale 2                                  --final-lr-scale 2.0: give --final-lr-scale <= 1
 """
 REFUSED = [re.split("  +", line) for line in REFUSED.strip().splitlines()]
 
@@ -123,7 +123,7 @@ def test_what_cannot_run_is_one_line_with_advice(method, flags, words, tmp_path,
 @pytest.mark.parametrize("method", METHODS)
 def test_every_number_of_every_method_is_finite_and_at_least_0(method):
     config = importlib.import_module(method).Config
-    for name, kind in common.flags(config).items():
+    for name, kind in flags(config).items():
         for value in {int: (-1, 1.5, True, "1", None), float: (-0.1, np.inf, np.nan, "1", None)}.get(kind, (3, None)):
             with pytest.raises(common.InputError, match=f"^{re.escape(f'{common.dashed(name)} {value}: give ')}"):
                 config.preset("demo", **{name: value})
@@ -145,7 +145,7 @@ def test_an_empty_word_and_the_script_itself(tmp_path, capsys):
     """In a process of its own, for the exit status that a shell sees."""
     assert outcome(capsys, *TINY, "--out", tmp_path, "")[0] == 2
     done = python("simclr.py", "--batch-size", "0")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --batch-size 0: give batch_size > 0\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --batch-size 0: give --batch-size > 0\n")
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_key(tmp_path):
@@ -209,13 +209,13 @@ def test_resume_of_what_cannot_be_resumed(tmp_path, capsys):
         status, err = outcome(capsys, *resume)
         assert status == 2 and err.count("\n") == 1 and words in err, err
     (run / "config.json").write_text(config)
-    for flags, words in (
+    for given, words in (
         ("--projection-dim 32", "--projection-dim was 64, now it is 32"),
         ("--seed 1", "--seed was 0, now it is 1"),
         ("--preset cifar", "was"),
         ("--out elsewhere", "--out"),
     ):
-        status, err = outcome(capsys, *resume, *flags.split())
+        status, err = outcome(capsys, *resume, *given.split())
         assert status == 2 and err.count("\n") == 1 and words in err, err
     assert path.read_bytes() == whole
     for content in (whole[: len(whole) // 2], b""):
@@ -230,9 +230,9 @@ def test_resume_of_what_cannot_be_resumed(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, capsys):
     out = train(simclr, tmp_path / "run")["out"]
     before = saved(out)
-    status, err = outcome(capsys, "--resume", out, "--epochs", "3", "--lr", "1e30")
+    status, err = outcome(capsys, "--resume", out, "--epochs", "3", "--lr", "1e18")
     assert status == 1 and err.count("\n") == 1
-    assert re.match(rf"error: .* is not finite at step [456] of 9; give a lower --lr; {out}/checkpoint.pt is", err)
+    assert re.match(rf"error: .* is not finite at step [456]; give a lower --lr; {out} is as saved before", err)
     assert saved(out, "step") == 3 and equal(saved(out), before)
 
 
@@ -247,7 +247,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(where, tmp_path, capsys, mon
 
     at_each_step(monkeypatch, spoil)
     status, err = outcome(capsys, "--resume", out, "--epochs", "2")
-    assert status == 1 and err.startswith(f"error: {where} is not finite at step 6 of 6") and err.count("\n") == 1
+    assert status == 1 and err.startswith(f"error: {where} is not finite at step 6;") and err.count("\n") == 1
     assert saved(tmp_path, "step") == 3 and all(torch.isfinite(value).all() for value in saved(tmp_path).values())
 
 
@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, capsys)
     with a_full_disk(100_000):
         status, err = outcome(capsys, "--resume", out, "--epochs", "2")
         assert status == 1 and "checkpoint.pt" in err and "File too large" in err and err.count("\n") == 1
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before and not [*tmp_path.glob("run/*.part")]
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     with a_full_disk(8_000):  # not even views.png
         status, err = outcome(capsys, *TINY, "--out", tmp_path / "new")
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
@@ -281,24 +281,22 @@ DAEMONIC = """
 import multiprocessing, sys
 import common, simclr
 
-def work(workers):
+def work():
     with common.exit_status():
-        simclr.train(common.parse_args(simclr.Config, [*sys.argv[1:], "--workers", workers]))
+        simclr.train(common.parse_args(simclr.Config, sys.argv[1:]))
 
-for workers in ("1", "0"):
-    process = multiprocessing.get_context("fork").Process(target=work, args=(workers,), daemon=True)
-    process.start()
-    process.join()
-    print("ended with", process.exitcode)
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+process.join()
+sys.exit(process.exitcode)
 """
 
 
 def test_a_daemonic_process_which_cannot_start_workers_decodes_itself(photos, tmp_path):
     """A worker of multiprocessing.Pool is one."""
-    done = python(
-        "-c", DAEMONIC, *TINY, "--data", photos, "--resident-gb", "0", "--batch-size", "110", "--out", tmp_path
-    )
-    assert re.findall("ended with .*", done.stdout) == ["ended with 0", "ended with 0"], done.stderr
+    flags = ["--data", photos, "--resident-gb", "0", "--batch-size", "110", "--workers", "1", "--out", tmp_path]
+    done = python("-c", DAEMONIC, *TINY, *flags)
+    assert done.returncode == 0 and saved(tmp_path, "step") == 2, done.stderr
 
 
 def test_a_folder_without_two_pictures(tmp_path, capsys):

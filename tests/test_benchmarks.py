@@ -54,7 +54,7 @@ def few(photos):
 def without_pictures(monkeypatch, request):
     """Drawing a picture takes longer than the run that it shows."""
     if "slow" not in request.keywords:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 class FakeRun:

@@ -257,7 +257,7 @@ def test_the_schedule_and_the_crops(tmp_path, monkeypatch, capsys):
     assert rates == [pytest.approx([0.1 * share] * 2) for share in WARM_UP_AND_COSINE]
     assert len(qs) == 12 and all(torch.equal(z, q) for (z, *_), q in zip(logged, qs[::2], strict=True))  # q(z) of v1
     out = capsys.readouterr().out
-    assert "peak learning rate 0.1\n" in out and "byol_loss, the sum of both directions, 0 to 8" in out
+    assert "peak lr 0.1\n" in out and "byol_loss, the sum of both directions, 0 to 8" in out
     assert "the target is a moving average, tau from 0.9 to 1" in out
 
 

@@ -32,7 +32,7 @@ import common
 import images
 import simclr
 from tests import helpers
-from tests.helpers import METHODS, at_each_step, equal, python, same_run, saved
+from tests.helpers import METHODS, at_each_step, equal, flags, python, same_run, saved
 
 CPU = torch.device("cpu")
 DATA = PICTURES, LABELS = images.make_shapes(110, 0, 16)  # 100 to train on: 3 steps of 30 an epoch; 10 are held out
@@ -81,7 +81,7 @@ def steps(run, z=None, loss=1.0):
 def no_curves(request, monkeypatch):
     """To draw curves.png takes longer than a run does here."""
     if "curves" not in request.node.name:
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 # --------------------------------------------------------------------------------------------------- exit status
@@ -131,7 +131,7 @@ def test_help_names_every_flag_once_with_its_comment_and_defaults_and_fits(metho
     text = capsys.readouterr().out
     _, own, shared = re.split(f"the flags of {method}:|the run:", text)
     assert end.value.code == 0 and text.startswith(f"usage: python {method}.py ") and text.count("\n") <= 75
-    for name in common.flags(config):
+    for name in flags(config):
         here, other = (own, shared) if name in vars(config)["__annotations__"] else (shared, own)
         (words,) = re.findall(rf"^  {common.dashed(name)}\b(.*?)^  --|\Z", here + "\n  --", re.M | re.S)[:1]
         assert not re.search(rf"^  {common.dashed(name)}\b", other, re.M), name
@@ -167,7 +167,7 @@ def test_every_flag_is_read_with_its_type(method):
     config = importlib.import_module(method).Config
     for preset, other in (("paper", "demo"), ("demo", "paper")):
         values, argv = dataclasses.asdict(config.preset(preset)), ["--preset", other]
-        for name, kind in common.flags(config).items():
+        for name, kind in flags(config).items():
             flag, value = common.dashed(name), values[name]
             given = [flag, str(value)] if kind is not bool else [flag if value else "--no-" + flag[2:]]
             argv += given if name != "resume" else []  # a resumed run takes no --out
@@ -258,24 +258,31 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(pieces, tmp_path):
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(*found, strict=True))
 
 
-def test_micro_batches_are_what_bn_sees_once(tmp_path):
-    """Output, gradients and running statistics are those of the pieces fed one after the other."""
+def test_micro_batches_are_what_bn_sees(tmp_path):
+    """Output and gradients are those of the pieces fed one after the other."""
     run, network = begun(tmp_path, kind=simclr.SimCLR, micro_batch_size=10)
     twin, (x1, x2) = simclr.SimCLR(run.config), torch.rand(2, 30, 3, 16, 16)
     twin.load_state_dict(run.model.state_dict())
     sum(z.square().sum() for z in network(x1, x2)).backward()
     sum(z.square().sum() for a, b in zip(x1.split(10), x2.split(10), strict=True) for z in twin(a, b)).backward()
-    assert equal(run.model.state_dict(), twin.state_dict())
     for p, q in zip(run.model.parameters(), twin.parameters(), strict=True):
         assert (p.grad is None and q.grad is None) or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_the_loss_is_that_of_the_backend_and_of_float32():
-    z1, z2 = torch.randn(2, 30, 8).bfloat16()
-    expected = simclr.nt_xent(z1.float(), z2.float(), 0.5)
+def test_outputs_are_float32_under_amp(tmp_path):
+    run, network = begun(tmp_path, kind=simclr.SimCLR, amp="bf16")
+    dtypes = []
+    run.model.projector[0].register_forward_hook(lambda layer, x, out: dtypes.append(out.dtype))
+    assert [z.dtype for z in network(*torch.rand(2, 30, 3, 16, 16))] == [torch.float32] * 2
+    assert dtypes == [torch.bfloat16]
+
+
+def test_the_loss_is_that_of_the_backend():
+    z1, z2 = torch.randn(2, 30, 8)
+    expected = simclr.nt_xent(z1, z2, 0.5)
     for backend in ("naive", "blocked", "auto"):
         found = common.Run(config(loss_backend=backend), DATA).loss(simclr.nt_xent)(z1, z2, 0.5)
-        assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=1e-2)
+        assert torch.allclose(found, expected, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- optimisation
@@ -335,7 +342,7 @@ def test_lars_leaves_a_zero_weight_or_gradient_unscaled():
 def test_knn_against_a_plain_loop():
     """k is the mean size of a class, 16 of 50 here."""
     torch.manual_seed(0)
-    bank, queries = torch.randn(50, 6), torch.randn(60, 6)
+    bank, queries = torch.randn(50, 60), torch.randn(60, 60)  # of so many channels all cosines are small, and k matters
     bank_labels, labels, right = torch.arange(50) % 3, torch.randint(3, (60,)), []
     for q, label in zip(queries, labels, strict=True):
         s = torch.cosine_similarity(q[None], bank)
@@ -440,7 +447,7 @@ def test_a_run_and_its_files(tmp_path, capsys):
     assert first.startswith(f"{tmp_path}/run: simclr") and last.startswith(f"{tmp_path}/run: ")
     assert f"python linear_eval.py {tmp_path}/run" in last
     guess = f"{math.log(59):.3f}"  # log(2N - 1)
-    for words in ("100 images, 10 held out", "10 classes", "3 an epoch, 9 in all", "peak learning rate", guess):
+    for words in ("100 images, 10 held out", "10 classes", "3 an epoch, 9 in all", "peak lr", guess):
         assert words in out
 
 
@@ -481,7 +488,7 @@ def test_progress_is_a_line_in_a_terminal_and_a_line_an_epoch_in_a_file(tmp_path
     at_each_step(monkeypatch, lambda run, *_: run.step == 1 and time.sleep(1.1))  # it is shown about once a second
     train(tmp_path)
     (shown,) = re.findall(r"\r\x1b\[K(step [^\r\n]*)", capsys.readouterr().out)
-    assert re.search(r"^step 2 of 6  loss \d.* images/s .*min left$", shown)
+    assert re.search(r"^step 2 of 6  loss \d.* min left .* images/s$", shown)
 
 
 @pytest.mark.parametrize("minutes, written", [(1e-9, [0, 1, 2, 3, 4, 5, 6]), (0.0, [0, 3, 6]), (10.0, [0, 3, 6])])
@@ -614,12 +621,12 @@ def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path, monkeypatch
     path, seen, replace = tmp_path / "x.txt", [], os.replace
     path.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *both: seen.extend(Path(x).read_text() for x in both) or replace(*both))
-    common.save_whole("new", path)
+    common.save_whole(b"new", path)
     assert seen == ["new", "old"] and path.read_text() == "new" and len(list(tmp_path.iterdir())) == 1
     for error, raised in ((OSError(28, "No space left"), common.RunFailure), (KeyboardInterrupt(), KeyboardInterrupt)):
         monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(error))  # noqa: B023
         with pytest.raises(raised):
-            common.save_whole("newer", path)
+            common.save_whole(b"newer", path)
         assert path.read_text() == "new"
 
 
@@ -719,7 +726,7 @@ def test_a_signal_saves_at_the_end_of_its_step_and_resume_is_exact(name, step, w
     stop = lambda run: run.step == step - 1 and os.kill(os.getpid(), number)  # noqa: E731
     assert interrupted(cut, stop, monkeypatch) == 128 + number
     said, stopped = capfd.readouterr().err.strip().splitlines()
-    assert "stopping after this step" in said and stopped == f"stopped after step {step} of 9; --resume {cut} goes on"
+    assert "stopping after this step" in said and stopped == f"stopped after step {step}; --resume {cut} goes on"
     assert saved(cut, "step") == step
     resume(cut)
     assert same_run(whole, cut)
@@ -819,7 +826,7 @@ def test_flags_that_may_change_are_printed(tmp_path, capsys):
 
 def changed(name, value):
     """Another value that the flag can have."""
-    if choices := typing.get_args(common.flags(simclr.Config)[name]):
+    if choices := typing.get_args(flags(simclr.Config)[name]):
         return next(choice for choice in choices if choice != value)
     others = {"backbone": "resnet18", "init": "other.pt", "blur": 0.1}
     return others.get(name) or (value / 2 or 0.5 if isinstance(value, float) else 2 * (value or 1))
@@ -829,7 +836,7 @@ def test_resume_refuses_any_other_change_and_another_set(tmp_path):
     train(tmp_path)
     kept, resume = (tmp_path / "checkpoint.pt").read_bytes(), str(tmp_path)
     may = {*simclr.Config.MAY_CHANGE, "out", "resume"}
-    for name in common.flags(simclr.Config).keys() - may:
+    for name in flags(simclr.Config).keys() - may:
         was = getattr(config(), name)
         with pytest.raises(common.InputError) as error:
             common.Run(config(resume=resume, **{name: changed(name, was)}), DATA)

@@ -11,7 +11,7 @@ SMALL = "--preset demo --epochs 1 --warmup-epochs 0 --batch-size 60 --knn-every 
 RUN = """
 import runpy, sys
 
-sys.modules["matplotlib.figure"] = None  # a picture takes longer than a run here
+sys.modules["matplotlib"] = None  # a picture takes longer than a run here
 for command in sys.argv[1:]:
     sys.argv = command.split()
     try:
@@ -42,7 +42,7 @@ def test_copied_method_files_run(methods, kernels, photos, tmp_path):
     done = python("-c", RUN, *commands, f"simclr.py --data {photos} {SMALL} --loss-backend blocked", folder=folder)
     assert done.returncode == 0, done.stderr
     for method in methods:
-        assert f"runs/{method}: {method}, the paper's recipe with --data {photos}" in done.stdout
+        assert f"runs/{method}: {method} on 1 x cpu; the paper's recipe with --data {photos}" in done.stdout
         assert (folder / "runs" / method / "backbone.pt").exists()
     assert done.stdout.count("exit status 2") == (not kernels)  # of the last command, and none of another
     assert kernels or done.stderr == "error: --loss-backend blocked: kernels/ is not beside common.py; copy it along\n"

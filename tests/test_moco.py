@@ -358,7 +358,7 @@ def test_the_schedule_and_the_crops(schedule, shares, tmp_path, monkeypatch, cap
     optimizer = saved(tmp_path, "optimizer")["param_groups"][0]
     assert optimizer["momentum"] == 0.9 and not optimizer["nesterov"]
     out = capsys.readouterr().out
-    assert "peak learning rate 0.3" in out and f"a guess has the loss {2 * math.log(91):.3f}" in out
+    assert "peak lr 0.3" in out and f"a guess has the loss {2 * math.log(91):.3f}" in out
     assert "the sum of both directions; queue; BN over groups of 32 images, keys shuffled" in out
 
 
@@ -454,8 +454,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(mechanism, tmp_path, monkeypatch
     "flags, words",
     [
         (["--queue-size", 300], "--queue-size 300: give at most 200"),
-        (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give batch_size % bn_splits == 0"),
-        (["--micro-batch-size", 2], "--bn-splits 2: give 2 * bn_splits <= 2"),
+        (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give --batch-size % --bn-splits == 0"),
+        (["--micro-batch-size", 2], "--bn-splits 2: give 2 * --bn-splits <= 2"),
         (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a bank has one vector for an image"),
         (["--mechanism", "memory-bank", "--batch-size", 200], "--batch-size 200: give less than 200"),
         (

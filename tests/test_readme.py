@@ -8,7 +8,7 @@ import re
 import pytest
 
 import common
-from tests.helpers import ROOT
+from tests.helpers import ROOT, flags
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
@@ -42,7 +42,7 @@ def commands(text):
 def flags_of(file):
     """The flags that a script takes."""
     if file.removesuffix(".py") in METHODS:
-        names = [common.dashed(name) for name in common.flags(importlib.import_module(file.removesuffix(".py")).Config)]
+        names = [common.dashed(name) for name in flags(importlib.import_module(file.removesuffix(".py")).Config)]
         return {*names, *(name.replace("--", "--no-", 1) for name in names), "--preset", "--help"}
     source = (ROOT / file).read_text()
     if shared := re.search(r"^from benchmarks.*\btable\b", source, re.M):  # it takes those of its method, too

@@ -147,7 +147,7 @@ def test_the_schedule_and_the_crops(scaling, peak, tmp_path, monkeypatch, capsys
     assert rates == [pytest.approx([0.3 * peak * share] * 2) for share in WARM_UP_AND_COSINE]
     assert all(z.shape == (64, 16) for z, _, _ in logged)
     out = capsys.readouterr().out
-    assert f"peak learning rate {0.3 * peak:g}" in out and f"a guess has the loss {math.log(127):.3f}" in out
+    assert f"peak lr {0.3 * peak:g}" in out and f"a guess has the loss {math.log(127):.3f}" in out
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])

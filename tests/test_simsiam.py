@@ -188,7 +188,7 @@ def test_the_schedule_and_the_crops(which, tmp_path, monkeypatch, capsys):
     assert all(g["momentum"] == 0.9 for g in groups)
     assert all(z.shape == (64, 16) for z, _, _ in logged)
     out = capsys.readouterr().out
-    assert "peak learning rate 0.1\n" in out and f"the predictor's learning rate is {which}" in out
+    assert "peak lr 0.1\n" in out and f"the predictor's learning rate is {which}" in out
     assert "negative_cosine, the mean of both directions" in out
 
 

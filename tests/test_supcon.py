@@ -255,7 +255,7 @@ def test_the_schedule_and_the_crops(loss, tmp_path, monkeypatch, capsys):
     baseline = loss == "cross-entropy"
     assert all(z.shape == (128, 128 if baseline else 16) for z, _, _ in logged)
     out, guess = capsys.readouterr().out, math.log(10) if baseline else 0.1 / 0.07 * math.log(127)
-    assert "peak learning rate 0.3\n" in out and f"a guess has the loss {guess:.3f}" in out  # not scaled by N
+    assert "peak lr 0.3\n" in out and f"a guess has the loss {guess:.3f}" in out  # not scaled by N
     said = f"sup_con {loss}, times tau over its base: 0.1 / 0.07 = 1.42857"
     assert ("cross-entropy; temperature and projection head are unused" if baseline else said) in out
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import images
@@ -304,13 +305,9 @@ def test_bn_of_f_sees_the_crops_of_a_size_and_that_of_g_sees_all():
     assert seen == [(8, 32), (12, 16), 20]
 
 
-def test_views_png_shows_small_crops_at_their_size(tmp_path):
-    from PIL import Image
-
+def test_views_png_shows_all_crops_at_one_size(tmp_path):
     train(swav, tmp_path, **SMALL, crops="2x32,2x16")
-    picture = Image.open(tmp_path / "views.png").convert("RGB")
-    assert picture.getpixel((picture.width - 10, picture.height - 10)) == (255, 255, 255)
-    assert picture.width > picture.height  # eight columns, four rows
+    assert Image.open(tmp_path / "views.png").size == (8 * 98 + 2, 4 * 98 + 2)
 
 
 # --------------------------------------------------------------------------------------------------- the network
