@@ -17,7 +17,7 @@ import images
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ["simclr", "moco", "byol", "simsiam", "supcon", "swav", "pairwise"]
-FEW = {"moco": {"queue_size": 128}}  # flags that a method needs beside its demo for the 200 images of `few_shapes`
+FEW = {"moco": {"queue_size": 128}, "swav": {"image_size": 32}}  # flags a method needs beside `few_shapes`
 WARM_UP_AND_COSINE = [1 / 3, 2 / 3, 1, 1, 0.75, 0.25]  # of the peak, in the six steps of `follows_the_schedule`
 
 
@@ -39,10 +39,10 @@ def few_shapes(n=200, size=32):
 def train(method, out, data=None, **given):
     """Train the demo for an epoch of three steps on few shapes, or as given, without curves.png, whose drawing takes
     longer than that. Returns the figures."""
-    small = {"epochs": 1, "batch_size": 64, "warmup_epochs": 0.0, "knn_every": 0, "workers": 0, "out": str(out)}
+    small = {"epochs": 1, "batch_size": 64, "image_size": 16, "warmup_epochs": 0.0, "knn_every": 0, "workers": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
-        config = method.Config.preset("demo", **small | FEW.get(method.__name__, {}) | given)
+        config = method.Config.preset("demo", **small | FEW.get(method.__name__, {}) | {"out": str(out)} | given)
         return method.train(config, few_shapes() if data is None else data)
 
 

@@ -292,6 +292,7 @@ sys.exit(process.exitcode)
 """
 
 
+@pytest.mark.slow  # a process takes seconds to start
 def test_a_daemonic_process_which_cannot_start_workers_decodes_itself(photos, tmp_path):
     """A worker of multiprocessing.Pool is one."""
     flags = ["--data", photos, "--resident-gb", "0", "--batch-size", "110", "--workers", "1", "--out", tmp_path]

@@ -395,7 +395,7 @@ def test_a_row_of_the_ablations_is_measured(few, tmp_path):
     assert line[0] == "0.600 (0.500 to 0.700)" and line[-1] == "3 (2 to 4)" and " " not in "".join(line[1:-1])
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_ablations_run_tables_in_processes_and_tell_which_failed(few, tmp_path, capsys):
     flags = ["byol.collapse", "--out", str(tmp_path / "runs"), "--jobs", "2", "--threads", "1", "--more"]
     ablations.main([*flags, " ".join(few)])
@@ -407,7 +407,7 @@ def test_ablations_run_tables_in_processes_and_tell_which_failed(few, tmp_path, 
     assert "failed: --data /nowhere: no such folder" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_scaling_measures_the_losses_and_a_step():
     found = scaling.in_processes(scaling.measure_loss, 2, 64, 16)
     (ours, _), (theirs, _) = found["ours"], found["all-gather with gradient"]

@@ -778,14 +778,8 @@ runpy.run_path("simclr.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    "how, resident_gb",
-    [
-        (signal.SIGKILL, 0),
-        pytest.param(signal.SIGKILL, 4, marks=pytest.mark.slow),  # streaming is the harder case
-        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),  # a process takes seconds to start; see above
-    ],
-)
+@pytest.mark.slow  # a process takes seconds to start
+@pytest.mark.parametrize("how, resident_gb", [(signal.SIGKILL, 0), (signal.SIGKILL, 4), (signal.SIGINT, 0)])
 def test_a_killed_process_resumes_bit_for_bit(how, resident_gb, photos, tmp_path):
     """In the middle of an epoch of 6 steps, with images in memory or streamed by a worker process. kill -9 loses the
     steps since the last checkpoint, here one."""

@@ -29,6 +29,7 @@ def copied(folder, *names):
     return folder
 
 
+@pytest.mark.slow  # these start processes, whose imports take seconds
 @pytest.mark.parametrize("methods, kernels", [(METHODS, False), (["simclr"], True)], ids=["alone", "with kernels"])
 def test_copied_method_files_run(methods, kernels, photos, tmp_path):
     """One after the other in one process, to start Python once. That no method needs another is read."""
@@ -69,6 +70,7 @@ def test_another_package_of_the_name_kernels_is_not_taken_for_ours(tmp_path):
     assert python("-c", OTHERS, folder=folder).stderr.endswith("No module named 'no_such_package'\n")
 
 
+@pytest.mark.slow  # as above
 def test_cebra_copied_with_its_three_modules_runs(tmp_path):
     folder = copied(tmp_path / "elsewhere", "cebra", "recordings")
     spikes = "np.random.default_rng(0).poisson(1, (300, 4))"

@@ -41,7 +41,7 @@ CASES = {
     "pairwise": dict(negatives="other-class"),
 }
 BASE = {case: given for case, given in CASES.items() if case in METHODS}  # each method, without its variants
-ALIKE = {"simclr sgd", "moco symmetric", "supcon in"}  # variants that take no way of their own between processes
+FEW = {case: CASES[case] for case in ("simclr", "moco")}
 
 
 @dataclass
@@ -139,12 +139,12 @@ def in_processes(processes, folder, work, *rest):
 @pytest.mark.parametrize(
     "processes, dtype, tolerance, cases",
     [
-        (2, torch.float64, 1e-10, {case: given for case, given in CASES.items() if case not in ALIKE}),
-        pytest.param(2, torch.float64, 1e-10, {case: CASES[case] for case in ALIKE}, marks=pytest.mark.slow),
+        (2, torch.float64, 1e-10, FEW),
+        pytest.param(2, torch.float64, 1e-10, {c: CASES[c] for c in CASES if c not in FEW}, marks=pytest.mark.slow),
         pytest.param(4, torch.float64, 1e-10, BASE, marks=pytest.mark.slowest),  # two show the same
         pytest.param(2, torch.float32, 1e-5, BASE, marks=pytest.mark.slowest),  # float64 shows more
     ],
-    ids=["two", "two-alike", "four", "two-float32"],
+    ids=["two", "two-others", "four", "two-float32"],
 )
 def test_processes_take_the_steps_of_one_process(processes, dtype, tolerance, cases, tmp_path):
     """With the tests' own synchronised BN, or MoCo's groups of the batch, whose statistics stay each process's own."""
@@ -274,6 +274,7 @@ def stopped(number, step, rank, photos, tmp_path, *more, **options):
     return torchrun(tmp_path / "stop.py", int(number), step, rank, tmp_path / "once", *flags, **options)
 
 
+@pytest.mark.slow  # a job of two processes takes about ten seconds to start
 def test_two_processes_by_torchrun_and_on_with_one(photos, tmp_path, capsys):
     run = torchrun("simclr.py", *tiny(photos, "--epochs", 2, "--out", tmp_path))
     assert run.returncode == 0, run.stderr
@@ -285,8 +286,8 @@ def test_two_processes_by_torchrun_and_on_with_one(photos, tmp_path, capsys):
     assert len(losses) == 3 and losses[2] < losses[1]
 
 
-@pytest.mark.slow  # a job of two processes takes about ten seconds to start
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.slow  # as above
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slowest)])
 def test_a_job_that_lost_a_process_is_finished_by_one_process(victim, photos, tmp_path):
     job = stopped(signal.SIGKILL, 20, victim, photos, tmp_path)
     assert job.returncode == 1 and "Signal 9 (SIGKILL)" in job.stderr  # torchrun's report

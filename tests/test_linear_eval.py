@@ -375,7 +375,9 @@ def test_fine_tuning_gives_mocos_batch_norms_their_usual_momentum(tmp_path, monk
     assert {m.momentum for m in seen[0].modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
 
 
-@pytest.mark.parametrize("flags", ["", "--protocol paper --epochs 1 --batch-size 10 --lr 0.1", TUNED])
+@pytest.mark.parametrize(
+    "flags", ["", "--protocol paper --epochs 1 --batch-size 10 --lr 0.1", pytest.param(TUNED, marks=pytest.mark.slow)]
+)
 def test_torchvision_computes_the_printed_accuracy(flags, resnet18, tmp_path, monkeypatch, capsys):
     """By the lines of the README, with the names and the view that classifier.txt gives."""
     monkeypatch.chdir(tmp_path)

@@ -127,7 +127,7 @@ def script(*words, **given):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **given)
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_quick_makes_the_rows_and_names_those_that_fail(split_photos, tmp_path):
     rows = ["SimCLR", "MoCo v2", "cross-entropy", "untrained"]  # MoCo's queue needs more than 60 images
     child = script("--quick", "--data", split_photos, "--out", tmp_path, "--jobs", "2", "--rows", *rows)
@@ -140,7 +140,7 @@ def test_quick_makes_the_rows_and_names_those_that_fail(split_photos, tmp_path):
         assert re.match(r"\| [\w -]+ \| [\d.e-]* \| 0\.\d{3} \| 0\.\d{3} \| ", line), line
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_a_stopped_table_goes_on(split_photos, tmp_path):
     words = ["--data", split_photos, "--out", tmp_path, "--rows", "SimCLR", "--rates", 1, "--epochs", 8, "--seeds", 0]
     child, log, began = script(*words), tmp_path / "SimCLR/seed-0/log.csv", time.monotonic()

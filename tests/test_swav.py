@@ -23,6 +23,7 @@ from tests.helpers import (
 )
 
 SMALL = {"hidden_dim": 32, "projection_dim": 16, "prototypes": 24, "freeze_prototypes_epochs": 0.0}
+QUICK = SMALL | {"image_size": 16, "crops": "2x16,1x8", "queue_size": 64, "queue_start_epoch": 1.0}
 
 
 def config(**given):
@@ -260,8 +261,7 @@ def test_the_rate_starts_and_ends_where_the_paper_says(tmp_path, monkeypatch):
 
 
 def test_a_run_resumes_bit_for_bit_with_its_queue(tmp_path, monkeypatch):
-    given = SMALL | {"queue_size": 64, "queue_start_epoch": 1.0, "crops": "2x32,2x16"}
-    resumes_bit_for_bit(swav, given, tmp_path, monkeypatch)
+    resumes_bit_for_bit(swav, QUICK, tmp_path, monkeypatch)
 
 
 def test_each_kind_of_crop_has_its_range_of_areas(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_each_kind_of_crop_has_its_range_of_areas(tmp_path, monkeypatch):
 
 
 def test_micro_batches(tmp_path):
-    trains_in_pieces(swav, SMALL | {"crops": "2x32,2x16"}, tmp_path)
+    trains_in_pieces(swav, QUICK | {"epochs": 2}, tmp_path)
 
 
 def test_pieces_have_the_rows_of_the_whole():
@@ -365,8 +365,8 @@ def test_a_queue_that_no_run_can_have_is_refused(tmp_path, capsys):
 
 def test_in_mixed_precision_scores_and_codes_are_float32(tmp_path, monkeypatch):
     """A bfloat16 cosine is known to 0.004, which epsilon would blow up; and the loss is near that of float32."""
-    given, found, dtypes, sinkhorn = SMALL | {"queue_size": 64, "queue_start_epoch": 0.0}, {}, set(), swav.sinkhorn
+    found, dtypes, sinkhorn = {}, set(), swav.sinkhorn
     monkeypatch.setattr(swav, "sinkhorn", lambda s, *rest: dtypes.add(s.dtype) or sinkhorn(s, *rest))
     for amp in ("off", "bf16"):
-        found[amp] = train(swav, tmp_path / amp, **given, amp=amp)["loss"]
+        found[amp] = train(swav, tmp_path / amp, **QUICK | {"epochs": 2}, amp=amp)["loss"]
     assert dtypes == {torch.float32} and math.isclose(found["off"], found["bf16"], rel_tol=0.05)
