@@ -13,7 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from numbers import Real
@@ -31,7 +31,7 @@ from images import Data, Images, InputError, ensure, explain, seed_of
 
 kernels = importlib.import_module("kernels") if Path(__file__).with_name("kernels").is_dir() else None  # not PyPI's
 COLUMNS = ("epoch", "loss", "lr", "feature_std", "effective_rank", "knn_top1", "images_per_second")  # of log.csv
-pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())  # raw pixels as features, which h has to beat
+pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())  # a picture as 32 x 32 pixels, which h has to beat
 
 
 class RunFailure(RuntimeError):
@@ -48,12 +48,12 @@ def exit_status() -> Iterator[None]:
         if share()[1] > 1:
             dist.destroy_process_group()
         return
-    except KeyboardInterrupt as stop:  # with the line and the signal's number from `Run`, or from Python without
+    except KeyboardInterrupt as stop:  # `Run` gives it the line and the status; Python's own has no arguments
         line, status = stop.args or ("stopped", 128 + signal.SIGINT)
     except (InputError, RunFailure, OSError) as error:
         line, status = f"error: {error}", 2 if isinstance(error, InputError) else 1
     except (RuntimeError, MemoryError) as error:
-        if not re.search("MemoryError|DefaultCPUAllocator", repr(error)):
+        if not re.search("MemoryError|DefaultCPUAllocator|size calculation overflowed", repr(error)):
             raise
         line, status = "error: out of memory; give a smaller --batch-size, or a --micro-batch-size", 1
     if rank == 0 or status < 128:  # a signal reaches every process
@@ -68,7 +68,7 @@ def share() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows x (n, ...) of all processes in the batch's order, (W n, ...). Their gradient is W-fold: DDP averages."""
+    """The rows x (n, ...) of all processes in the batch's order, (W n, ...). The gradient is times W: DDP averages."""
     rank, world = share()
     if world == 1:
         return x
@@ -82,8 +82,8 @@ def pick_device(name: str) -> torch.device:
     """The device of that name. Each of torchrun's processes takes its own GPU, and the process group starts here."""
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"--device {name}", "give cpu or auto; torchrun sets RANK, and needs a GPU for each process"):
-        device = torch.device(name if name != "cuda" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        if device.type == "cuda":
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "RANK" in os.environ else name)
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the current one
         torch.ones(1, device=device).item()
         if "RANK" in os.environ and not dist.is_initialized():
@@ -111,7 +111,7 @@ class Flags:
     def need(self, *rules: str) -> None:
         """For `check`: refuse values that break a rule such as "0 < blur <= 1". The message is the rule, as typed."""
         for rule in rules:
-            given = " ".join(f"{dashed(name)} {value}" for name, value in vars(self).items() if name in rule.split())
+            given = " ".join(dashed(name, value) for name, value in vars(self).items() if name in rule.split())
             typed = " ".join(dashed(word) if word in vars(self) else word for word in rule.split())
             ensure(eval(rule, {}, vars(self)), f"{given}: give {typed}")
 
@@ -128,17 +128,17 @@ class Flags:
 
 @dataclass(kw_only=True)
 class RunConfig(Flags):
-    """The flags of every method for images. Its `Config` adds its own, and PRESETS. MAY_CHANGE is for --resume."""
+    """The flags of every method for images. A `Config` adds its own, and PRESETS. --resume may change MAY_CHANGE."""
 
     MAY_CHANGE = ("epochs", "lr", "data", "data_dir", "resident_gb", "device", "workers", "compile", "loss_backend")
     MAY_CHANGE += ("micro_batch_size", "knn_every", "save_minutes", "tensorboard")
     span: ClassVar[Any] = None  # what 16-bit pictures show as black and white; a run measures it, see `images.Images`
-    data: str = "imagenet"  # shapes (made on the spot), cifar10, cifar100, stl10 (downloaded), or a folder of pictures
+    data: str = "imagenet"  # shapes (made on the spot), cifar10, cifar100, stl10 (downloaded), or the path of a folder
     data_dir: str = "data"  # the folder for downloaded data sets
     resident_gb: float = 4.0  # keep a folder's decoded pictures in memory up to this size, and stream a larger set
     epochs: int = 100  # passes over the training images; 0 writes the weights that the run starts from
     batch_size: int = 256  # N, images in a step, of all processes together
-    micro_batch_size: int = 0  # embed a batch in pieces of this size, to save memory; BN sees pieces, twice; 0 = whole
+    micro_batch_size: int = 0  # embed in pieces of this size, to save memory; BN counts each piece, twice; 0 = whole
     backbone: str = "resnet50"  # a torchvision ResNet (resnet18, resnet50, ...), or resnet8, which is small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool; or 3x3 for pictures of 32 pixels
     init: str = "random"  # random, imagenet (torchvision's weights), or a file: a state_dict such as a backbone.pt
@@ -155,7 +155,7 @@ class RunConfig(Flags):
     save_minutes: float = 10.0  # minutes between checkpoints within an epoch; 0 = only at its end
     tensorboard: bool = False  # write the log's columns for TensorBoard too
     out: str = "runs/run"  # folder of the run; if it holds a run, a new one beside it, such as runs/run-2
-    resume: str = ""  # a run's folder: go on there with its flags, or start there if it holds no run yet
+    resume: str = ""  # a run's folder: go on with its flags, or start there if it holds no checkpoint yet
 
     def check(self) -> None:
         self.need("batch_size > 0", "image_size >= 8", "micro_batch_size != 1", "warmup_epochs <= epochs or epochs < 1")
@@ -240,14 +240,14 @@ def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Mod
 
 
 class Network(nn.Module):
-    """The model under autocast, with float32 outputs. Pieces are embedded again for the gradient (arXiv:2101.06983)."""
+    """The model under autocast; gives a tuple of float32. Backward embeds pieces once more (arXiv:2101.06983)."""
 
     def __init__(self, model: nn.Module, config: RunConfig, device: torch.device) -> None:
         super().__init__()
         self.model, self.piece = model, config.micro_batch_size
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, config.amp == "bf16")
 
-    def forward(self, *views: Tensor) -> Any:
+    def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
         pieces = list(zip(*(x.split(self.piece or len(x)) for x in views), strict=True))
         again = partial(torch.utils.checkpoint.checkpoint, self.model, use_reentrant=False)
         with self.autocast():
@@ -300,7 +300,7 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | None = None) -> Tensor:
-    """`network`, in eval mode, of the central views of a split, or of its images `index`: (N, d) on every process."""
+    """`network`, put in eval mode before, of a split's central views, or of its images `index`: (N, d), everywhere."""
     (rank, world), index = share(), torch.arange(len(split)) if index is None else index
     mine = index[(torch.arange(-(-len(index) // world)) * world + rank) % len(index)]  # as many rows for each process
     mine = mine.split(min(512, 2 * (config.micro_batch_size or max(8, config.batch_size // world))))  # a step's memory
@@ -311,16 +311,17 @@ def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | N
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, temperature: float = 0.1) -> float:
     """Top-1 of queries (M, d), `labels` (M,), by weighted kNN in a bank (N, d) (Wu et al. 2018, arXiv:1805.01978)."""
     bank, queries, bank_labels = F.normalize(bank, dim=1), F.normalize(queries, dim=1), bank_labels.to(bank.device)
-    k = max(1, min(200, len(bank) // len(bank_labels.unique())))  # neighbours: 200, or the mean size of a class
-    nearest = [(rows @ bank.T).topk(k) for rows in queries.split(1024)]
-    cosine, near = map(torch.cat, zip(*nearest, strict=True))  # (M, k) each
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=bank.device)
-    votes.scatter_add_(1, bank_labels[near], ((cosine - 1) / temperature).exp())
-    return (votes.argmax(1).cpu() == labels.cpu()).sum().item() / len(queries)
+    right, k = 0, max(1, min(200, len(bank) // len(bank_labels.unique())))  # a class's mean size, 200 at most
+    for rows, truth in zip(queries.split(1024), labels.to(bank.device).split(1024), strict=True):
+        cosine, near = (rows @ bank.T).topk(k)  # (m, k) each
+        votes = torch.zeros(len(rows), int(bank_labels.max()) + 1, device=bank.device)
+        votes.scatter_add_(1, bank_labels[near], ((cosine - 1) / temperature).exp())
+        right += (votes.argmax(1) == truth).sum().item()
+    return right / len(queries)
 
 
 def health(z: Tensor) -> tuple[float, float, float]:
-    """Of z (N, d) at length 1: a channel's std, effective rank (Roy & Vetterli 2007), two rows' mean squared cosine."""
+    """Of z (N, d) at length 1: mean std of a channel, effective rank (Roy & Vetterli 2007), two rows' mean cosine^2."""
     z, n = F.normalize(z.cpu().double(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
     part = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
@@ -329,7 +330,7 @@ def health(z: Tensor) -> tuple[float, float, float]:
 
 
 def new_folder(out: str, again: bool = False) -> str:
-    """Make the folder `out`, or `out-2`, ... where a run is that does not go on `again`. No two runs share one."""
+    """Make and return `out`; where a run is, `out-2`, ..., unless the run goes on `again`. No two runs share one."""
     for number in range(1, sys.maxsize):
         name = str(Path(out)) + f"-{number}" * (number > 1)
         with explain(f"{'--resume' if again else '--out'} {name}", "give another folder"):
@@ -343,7 +344,8 @@ def save_whole(content: Any, path: Path) -> None:
     """Write bytes, or a state by torch.save. `path` is whole at any moment: it is written aside, then renamed."""
     part, whole = path.with_name(f"{path.name}.part"), io.BytesIO()  # into a file, torch.save would hide why it fails
     whole.write(content) if isinstance(content, bytes) else torch.save(content, whole)
-    with explain(f"{path} cannot be written", "what was there before is whole", RunFailure):
+    with explain(f"{path} cannot be written", "what was there before is whole", RunFailure), ExitStack() as after:
+        after.callback(part.unlink, missing_ok=True)  # half a file would keep a full disk full
         part.write_bytes(whole.getbuffer())
         os.replace(part, path)
 
@@ -374,8 +376,8 @@ def load_run(folder: str | Path) -> tuple[Any, nn.Module]:
 
 
 class Run:
-    """A run: `begin`, then a step for each of `batches`, ended by `log`, then `finish`. A step draws by its number.
-    `data`: `images.Data`, pictures, or (pictures, labels) for `images.from_arrays`; None loads `config.data`."""
+    """A run: `begin`, then a step for each of `batches`, ended by `log`, then `finish`. Its number seeds a step, so a
+    resumed run repeats it. `data`: `images.Data`, pictures, (pictures, labels), or None, which loads --data."""
 
     def __init__(self, config: RunConfig, data: Any = None) -> None:
         self.config = c = replace(config)  # a copy: `train` never changes what it was given
@@ -386,7 +388,7 @@ class Run:
         for name in (name for name, was in stored.items() if was != getattr(c, name)):
             change = f"{dashed(name)} was {stored[name]}, now it is {getattr(c, name)}"
             ensure(name in c.MAY_CHANGE, f"--resume: {change}; leave it out")
-            print(f"note: {change}")
+            print(f"note: {change}", flush=True)
         state = load_checkpoint(c.resume) if stored else {}
         c.span, self.kept = state.get("span"), state.get("parts", {})
         self.step, self.rows = state.get("step", 0), state.get("rows", [])
@@ -401,12 +403,12 @@ class Run:
         ensure(own % min(own, piece or own) == 0, f"--micro-batch-size {piece}: give a divisor of {own}")
         bank = (labels >= min(0, labels.max())).nonzero().squeeze(1)  # labelled images, or all if no image has a label
         self.bank = bank[torch.linspace(0, len(bank) - 1, min(len(bank), 100_000)).long()]  # for kNN and neighbours
-        self.steps, self.total, self.shared = there // n, there // n * c.epochs, torch.Generator()
+        self.steps, self.total, self.shared = there // n, there // n * c.epochs, torch.Generator()  # equal on all ranks
         self.signal, self.clear = 0, "\r\x1b[K" * sys.stdout.isatty()  # empties a terminal's line of progress
         torch.manual_seed(seed_of(c.seed))
 
     def loss(self, naive: Callable, across: bool = True) -> Callable:
-        """`naive`, or the loss of its name in kernels/, by --loss-backend; `across`: over the rows of all processes."""
+        """`naive`, or the loss of its name in kernels/, as --loss-backend says. `across`: over all processes' rows."""
         asked, group = self.config.loss_backend, {"group": dist.group.WORLD} if across and self.world > 1 else {}
         if not group and (asked == "naive" or kernels is None and asked == "auto"):
             return naive
@@ -449,11 +451,10 @@ class Run:
     def save(self) -> None:
         """Write config.json, log.csv, checkpoint.pt and backbone.pt; raise `RunFailure` if anything is not finite."""
         c, out, self.saved = self.config, Path(self.config.out), time.monotonic()
-        for name, value in {**self.model.state_dict(), "the loss": self.loss_sum}.items():
+        for name, value in (self.model.state_dict() | {"the loss": self.loss_sum}).items():
+            why = f"{name} is not finite at step {self.step}; give a lower --lr; {out} is as saved before"
             if not torch.isfinite(value).all():
-                raise RunFailure(
-                    f"{name} is not finite at step {self.step}; give a lower --lr; {out} is as saved before"
-                )
+                raise RunFailure(why)
         state = {"method": c.method(), "config": asdict(c) | {"resume": ""}, "span": c.span, "data": self.about}
         state |= {"step": self.step, "rows": self.rows, "loss_sum": self.loss_sum}
         state |= {"parts": {name: (type(part).__name__, part.state_dict()) for name, part in self.parts.items()}}
@@ -465,11 +466,11 @@ class Run:
             save_whole(self.model.backbone.state_dict(), out / "backbone.pt")
 
     def batches(self, views: int = 0, scale: tuple[float, float] = (1.0, 1.0), crops: Sequence = ()) -> Iterator:
-        """For each step that is left: the indices (n,) of this process's images, and a list of crops (n, 3, S, S):
+        """For each step that is left: the indices (n,) of this process's images, and a list of views (n, 3, S, S):
         `views` random ones of an area in `scale`, a range of fractions, or the given `crops` (see `Images.views`)."""
         c, n, crops = self.config, self.config.batch_size, crops or [(self.config.image_size, scale)] * views
         heard, usual = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")], {}
-        with suppress(ValueError):  # only the main thread hears signals, and nohup has one ignored
+        with suppress(ValueError):  # a thread can set no handler; what nohup ignores stays ignored
             usual = {s: signal.signal(s, self.on_signal) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
         try:
             while self.step < self.total:
@@ -491,48 +492,49 @@ class Run:
 
     def on_signal(self, number: int, _: Any) -> None:  # the first one stops the run after a step, another one at once
         if not self.signal:
-            os.write(2, b"\nstopping after this step; again to stop now\n")
             self.signal, self.asked = number, time.monotonic()
-        elif time.monotonic() - self.asked > 1:  # a closed terminal and torchrun send theirs twice
+            with suppress(OSError):  # a closed terminal
+                os.write(2, b"\nstopping after this step; again to stop now\n")
+        elif time.monotonic() - self.asked > 1:  # it and torchrun send theirs twice
             raise KeyboardInterrupt("stopped at once", 128 + number)
 
     def log(self, loss: Tensor, z: Tensor, *views: Tensor) -> None:
         """Take the loss of a step, the output z (n, d) that enters it, and what the network was fed."""
-        self.z = z.detach()
+        self.z, side = z.detach(), self.config.image_size
         self.loss_sum += gather(loss.detach()[None]).mean(0)  # to read it now would wait for the device
         if self.step == 0 and self.rank == 0:  # views.png: a column is an image
-            views = [F.interpolate(v[:8].float().cpu(), max(96, views[0].shape[-1])) for v in views]
+            views = [F.interpolate(v[:8].float().cpu(), side * max(1, 96 // side)) for v in views]
             tiles = torch.cat(views) * images.STD + images.MEAN
-            torchvision.utils.save_image(tiles, Path(self.config.out, "views.png"), nrow=len(views[0]))
+            torchvision.utils.save_image(tiles, Path(self.config.out, "views.png"), nrow=len(views[0]), pad_value=1)
 
     def between_steps(self, epoch: int, count: int) -> None:
         """Print the progress once a second, measure at the end of an epoch, save when it is time, stop if asked."""
         c, now, end = self.config, time.monotonic(), self.step % self.steps == 0
-        stop = int(gather(torch.tensor([self.signal])).max())  # all processes stop after the same step
-        save = end or stop or 0 < 60 * c.save_minutes < now - self.saved
-        if not save and now - self.shown < 1:
+        asked = [[self.signal, 0 < 60 * c.save_minutes < now - self.saved, now - self.shown > 1]]
+        stop, save, look = gather(torch.tensor(asked)).amax(0).tolist()  # all processes do the same
+        if not (end or stop or save or look):
             return
         loss, self.shown = self.loss_sum.item() / (self.step - (epoch - 1) * self.steps), time.monotonic()
         speed, finite = count / (self.shown - self.started), math.isfinite(loss)
         if end and finite:
             self.end_epoch(epoch, loss, speed)
-        elif self.clear:
-            left = f"{(self.total - self.step) * c.batch_size / speed / 60:.1f} min left  {speed:,.0f} images/s"
-            print(f"{self.clear}step {self.step:,} of {self.total:,}  loss {loss:.4f}  {left}", end="", flush=True)
-        if save or not finite:
+        if end or stop or save or not finite:
             self.save()
         if stop:
             raise KeyboardInterrupt(f"stopped after step {self.step}; --resume {c.out} goes on", 128 + stop)
+        if self.clear and not end:
+            left = f"{(self.total - self.step) * c.batch_size / speed / 60:.1f} min left  {speed:,.0f} images/s"
+            print(f"{self.clear}step {self.step:,} of {self.total:,}  loss {loss:.4f}  {left}", end="", flush=True)
 
     def end_epoch(self, epoch: int, loss: float, speed: float) -> None:
         """Measure h and the output, add a row to the log, print it, and say so if the output has collapsed."""
         c, z, lr = self.config, gather(self.z), self.parts["optimizer"].param_groups[0]["lr"]
-        (std, rank, cos2), self.loss_sum = health(z), torch.zeros_like(self.loss_sum)
+        (std, effective, cos2), self.loss_sum = health(z), torch.zeros_like(self.loss_sum)
         due = c.knn_every and self.data.labelled and (epoch % c.knn_every == 0 or epoch == c.epochs)
         knn = self.knn(self.model.backbone) if due else None
-        self.rows.append(dict(zip(COLUMNS, (epoch, loss, lr, std, rank, knn, speed), strict=True)))
+        self.rows.append(dict(zip(COLUMNS, (epoch, loss, lr, std, effective, knn, speed), strict=True)))
         words = f"{self.clear}epoch {epoch:3}/{c.epochs}" + (f"  kNN {knn:.3f}" if due else "")
-        words += f"  loss {loss:.4f}  std {std:.4f} (healthy {self.model.dim**-0.5:.4f})  rank {rank:.1f}"
+        words += f"  loss {loss:.4f}  std {std:.4f} (healthy {self.model.dim**-0.5:.4f})  rank {effective:.1f}"
         print(f"{words}  {speed:,.0f} images/s", flush=True)
         if cos2 > 0.98 and self.step >= 200 and len(z) >= 8:  # runs that learn reach 0.94
             print(f"warning: the output has collapsed: two images have a mean squared cosine of {cos2:.3f}", flush=True)
@@ -571,7 +573,7 @@ class Run:
         return last | {"out": c.out}
 
     def draw(self) -> None:
-        """neighbours.png: a row is a picture and the six training pictures nearest by the cosine of h. curves.png."""
+        """Draw curves.png, and neighbours.png: a row is a picture and its six nearest training pictures in h."""
         c, train, asked, backbone = self.config, self.data.train, self.data.test or self.data.train, self.model.backbone
         index = torch.linspace(0, len(asked) - 1, min(8, len(asked))).long()
         h, keys = embed(backbone.eval(), asked, c, index), embed(backbone, train, c, self.bank)
@@ -586,11 +588,9 @@ class Run:
         tiles = F.pad(tiles, (4, 4, 4, 4), value=-1)
         labels = torch.cat([split.labels[i] for split, i in shown], 1)  # (8, 7)
         colour = torch.where(labels[:, :1] < 0, 2, (labels == labels[:, :1]).long()).flatten()
-        colour = torch.tensor([[1.0, 0, 0], [0, 0.8, 0], [1, 1, 1]])[colour][
-            ..., None, None
-        ]  # of another class, of the same, unknown
-        tiles = torch.where(tiles < 0, colour, tiles)
-        torchvision.utils.save_image(tiles, Path(c.out, "neighbours.png"), nrow=labels.shape[1])
+        colour = torch.tensor([[1.0, 0, 0], [0, 0.8, 0], [1, 1, 1]])[colour]  # of another class, of the same, unknown
+        tiles = torch.where(tiles < 0, colour[..., None, None], tiles)
+        torchvision.utils.save_image(tiles, Path(c.out, "neighbours.png"), nrow=labels.shape[1], pad_value=1)
         if not importlib.util.find_spec("matplotlib"):
             return print("no curves.png: matplotlib is not installed (pip install matplotlib)")
         figure = importlib.import_module("matplotlib.figure").Figure(figsize=(20, 3), layout="constrained")

@@ -44,7 +44,7 @@ def ensure(ok: Any, message: str) -> None:
 
 @contextmanager
 def explain(what: str, advice: str, kind: type[Exception] = InputError) -> Iterator[None]:
-    """Make what fails inside a `kind`: what it was about, why it failed, what to give. Keep the blocks small."""
+    """Turn an exception in the block into one of `kind`: "what: why it failed; advice". Keep the blocks small."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError):
@@ -88,8 +88,8 @@ class Images:
         return Images(self.labels[rows], self.device, pixels, sizes, paths, self.span)
 
     def views(self, batches: Sequence[Tensor], crops: Sequence, seed: Sequence = (0,), workers: int = 4) -> Iterator:
-        """For each batch of indices (B,), its images' `crops` (see `crop_boxes`), (B, 3, size, size) in [0, 1] each. A
-        resident split draws from torch's CPU generator, a streamed one from (`seed`, image)."""
+        """For each batch of indices (B,) a list with, for each of `crops`, (size, scale) as in `crop_boxes`, the views
+        (B, 3, size, size) in [0, 1]. A resident split draws by torch's generator, a streamed one by (`seed`, image)."""
         if self.pixels is None:
             arriving = self.stream([piece for batch in batches for piece in batch.split(256)], crops, seed, workers)
             for batch in batches:  # a worker takes at most 256 images at a time
@@ -123,7 +123,7 @@ class Images:
 
     def read(self, crops: Sequence, seed: Sequence, piece: list[int]) -> tuple[list[Tensor], dict[int, str]]:
         """In a worker: these images' crops, uint8 (B, 3, size, size) each, sizes (B, 2), and {image: reason} of damaged
-        files. For a damaged one a random image of its label stands in, or any; where it would be whole, a blank one."""
+        files. For a damaged image a random one of its label stands in, else any; for crops "all", a blank one does."""
         if torch.utils.data.get_worker_info():  # Ctrl-C reaches workers too, but the main process still needs them
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         rows, bad = [], {}
@@ -156,7 +156,7 @@ class Images:
 
 @dataclass
 class Data:
-    """A data set: images to train on, and held-out ones, with or without labels, where there are some."""
+    """A data set: images to train on and, where there are some, held-out images. Either may have labels."""
 
     name: str
     train: Images
@@ -204,8 +204,8 @@ def load(config: Any, device: torch.device) -> Data:
 
 
 def load_folder(config: Any, device: torch.device) -> Data:
-    """A folder that holds `train/` with `test/` or `val/`, or all pictures in one. Sub-folders there are classes.
-    `test/` is held out, or `val/` if only `val/` shares a class with `train/`; without both, a tenth of each class."""
+    """The pictures below `train/`, or below the folder if it has no `train/`. The first sub-folder names the class.
+    `test/` is held out, or `val/` if it alone shares a class with `train/`. If there is neither, see `hold_out`."""
     name, left_out = config.data, Counter()
     ensure(os.path.isdir(name), f"--data {name}: no such folder; give a folder, shapes, cifar10, cifar100 or stl10")
     with explain(f"--data {name}", "give a folder that can be read"):
@@ -251,7 +251,7 @@ def pictures_below(root: Any, left_out: Counter) -> dict[str, str]:
 
 
 def hold_out(split: Images) -> tuple[Images, Images]:
-    """A split without a tenth of each class, and that tenth, at least 1 image of 2. The draw is always the same one."""
+    """A split without a tenth of each class, and that tenth: at least 1 image if it has 2. --seed changes nothing."""
     order, held = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)), torch.zeros(len(split)).bool()
     for label in split.labels[split.labels >= 0].unique():
         mine = order[split.labels[order] == label]

@@ -112,8 +112,8 @@ def augment(x: Tensor, config: Config) -> Tensor:
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BN of `splits` equal groups of a batch, one after the other, which stand for GPUs. A step moves the running
-    statistics once, by the mean over the groups. In eval mode it is BatchNorm2d."""
+    """BN of `splits` equal groups of a batch, which stand for GPUs; `MoCo.split_batch_norm` makes it. A step moves the
+    running statistics once, by the mean over the groups. In eval mode it is BatchNorm2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -154,7 +154,7 @@ class MoCo(nn.Module):
         return self.projector(self.backbone(x))
 
     def in_groups(self, network: Any, x: Tensor) -> Tensor:
-        """network(x), image n in BN group n mod `splits`. Processes, with images r, r + W, ..., make the same."""
+        """network(x), image n in BN group n mod `splits`. So W processes form the groups that one would."""
         z = network(torch.cat([x[i :: self.splits] for i in range(self.splits)]))  # (N, d), group by group
         return torch.stack(z.chunk(self.splits), 1).flatten(0, 1)
 
@@ -170,12 +170,12 @@ class MoCo(nn.Module):
 
 @torch.no_grad()
 def update_key_encoder(f_q: nn.Module, f_k: nn.Module, m: float) -> None:
-    """Equation 2, on the parameters alone: f_k keeps BN statistics of its own."""
+    """Equation 2, in place, on f_k's parameters in the order of f_q's. f_k keeps BN statistics of its own."""
     torch._foreach_lerp_(list(f_k.parameters()), list(f_q.parameters()), 1 - m)
 
 
 class Queue(nn.Module):
-    """The newest K keys, `keys` (K, d), of length 1. The oldest is at row `pointer`. At first the keys are random."""
+    """The newest K keys, `keys` (K, d), of length 1, the oldest at row `pointer`. They start random: easy negatives."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     ensure(there >= K or mechanism == "end-to-end", f"--queue-size {K}: give at most {there}, the training images")
     ensure(there > n or mechanism != "memory-bank", f"--batch-size {n}: give less than {there}, the training images")
     config.need(f"bn_splits == 1 or bn_splits % {world} == 0", f"{seen} % bn_splits == 0", f"2 * bn_splits <= {seen}")
-    groups = config.bn_splits * n // seen  # BN groups of a batch, of which a forward pass sees `seen` images
+    groups = config.bn_splits * n // seen  # BN groups of a batch; a forward pass, over all processes, has `seen` images
     shuffled = config.shuffle_bn and groups > 1 and mechanism != "memory-bank"
 
     model = MoCo(config).to(run.device, memory_format=torch.channels_last)
@@ -260,7 +260,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     network = run.begin(model, guess, config.bn_splits == 1, note, optimizer=optimizer, queue=queue, bank=bank)
 
     def contrast(index, x_q, x_k=None):
-        """Equation 1 for the queries x_q (n, 3, S, S), with q (n, d) and the keys of all processes, (N, d)."""
+        """Equation 1, q (N / W, d) and the keys of all W processes (N, d), for this one's views (N / W, 3, S, S)."""
         if mechanism == "memory-bank":
             (q,), negatives = network(x_q), bank.sample(gather(index), K, run.shared)
             return loss_of(q, bank.vectors[index], negatives, tau), q, None

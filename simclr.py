@@ -63,7 +63,7 @@ class Config(RunConfig):
     epochs: int = 100  # passes over the training images (section 4.1; best 1000)
     batch_size: int = 4096  # N, images in a step; 2N views (section 2.2)
     lr: float = 0.3  # learning rate before --lr-scaling (section 2.2)
-    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # lr N/256, or lr sqrt(N)/4, the paper's 0.075 sqrt(N)
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # lr N/256, or lr sqrt(N)/4 (of 0.3: 0.075 sqrt(N))
     optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 2.2) or sgd, both with momentum 0.9
     weight_decay: float = 1e-6  # weight decay, not on BN and biases (section 2.2)
     warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (section 2.2)
@@ -150,7 +150,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     loss_of = run.loss(nt_xent)  # this file's, or that of kernels/, as --loss-backend says
     network = run.begin(model, optimizer=optimizer, guess=math.log(2 * n - 1))  # what a step calls
 
-    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):  # evaluates and saves between steps
+    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):  # run saves and measures in between
         x1, x2 = augment(x1, config), augment(x2, config)  # t(x), t'(x): (n, 3, S, S)
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
