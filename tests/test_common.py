@@ -383,11 +383,10 @@ def test_health_against_plain_formulas():
     for n, d in ((7, 4), (4, 7), (64, 256)):
         z = torch.randn(n, d) * torch.rand(n, 1)
         pairs = [F.cosine_similarity(z[i], z[j], dim=0).item() ** 2 for i in range(n) for j in range(n) if i != j]
-        p = torch.linalg.svdvals(F.normalize(z.double(), dim=1))
-        p = p / p.sum()
-        _, rank, cos2 = common.health(z)
-        assert math.isclose(cos2, sum(pairs) / len(pairs), rel_tol=1e-4)
-        assert math.isclose(rank, (-(p * p.log()).sum()).exp(), rel_tol=1e-4)
+        unit = F.normalize(z.double(), dim=1)
+        p = F.normalize(torch.linalg.svdvals(unit), p=1, dim=0)
+        expected = (unit.var(0, correction=0).sqrt().mean(), (-(p * p.log()).sum()).exp(), sum(pairs) / len(pairs))
+        assert common.health(z) == pytest.approx([float(x) for x in expected], rel=1e-4)
 
 
 class Corner(Linear):
