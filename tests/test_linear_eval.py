@@ -44,7 +44,7 @@ def album(tmp_path_factory):
 def run_on(folder, out, **given):
     """A run of few steps on a folder of pictures. Returns its figures."""
     config = simclr.Config(data=str(folder), image_size=given.get("image_size", 32), workers=0)
-    return train(simclr, out, images.load(config, CPU), **{"batch_size": 32, "lr": 0.1} | given)
+    return train(simclr, out, images.load(config, CPU), **{"batch_size": 32, "lr": 0.1, "image_size": 32} | given)
 
 
 @pytest.fixture(scope="module")
