@@ -87,7 +87,10 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # Triton launches on the current one
         torch.ones(1, device=device).item()
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store, rank, world = next(dist.rendezvous("env://"))  # the store may hold the addresses of a try that died
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device
 
 
@@ -244,13 +247,12 @@ class Network(nn.Module):
 
     def __init__(self, model: nn.Module, config: RunConfig, device: torch.device) -> None:
         super().__init__()
-        self.model, self.piece = model, config.micro_batch_size
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, config.amp == "bf16")
+        self.model, self.config, self.device = model, config, device.type
 
     def forward(self, *views: Tensor) -> tuple[Tensor, ...]:
-        pieces = list(zip(*(x.split(self.piece or len(x)) for x in views), strict=True))
+        pieces = list(zip(*(x.split(self.config.micro_batch_size or len(x)) for x in views), strict=True))
         again = partial(torch.utils.checkpoint.checkpoint, self.model, use_reentrant=False)
-        with self.autocast():
+        with torch.autocast(self.device, torch.bfloat16, self.config.amp == "bf16"):
             out = [again(*piece) if len(pieces) > 1 else self.model(*piece) for piece in pieces]
         return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in map(torch.cat, zip(*out, strict=True)))
 
@@ -386,9 +388,8 @@ class Run:
             data = images.from_arrays(*(data if isinstance(data, tuple) else (data, None)), self.device)
         stored, c.data = stored_flags(type(c), c.resume), data.name if data else c.data
         for name in (name for name, was in stored.items() if was != getattr(c, name)):
-            change = f"{dashed(name)} was {stored[name]}, now it is {getattr(c, name)}"
-            ensure(name in c.MAY_CHANGE, f"--resume: {change}; leave it out")
-            print(f"note: {change}", flush=True)
+            print(f"note: {dashed(name)} was {stored[name]}, now it is {getattr(c, name)}", flush=True)
+            ensure(name in c.MAY_CHANGE, f"--resume: {dashed(name)} was {stored[name]}; leave it out")
         state = load_checkpoint(c.resume) if stored else {}
         c.span, self.kept = state.get("span"), state.get("parts", {})
         self.step, self.rows = state.get("step", 0), state.get("rows", [])
@@ -418,8 +419,7 @@ class Run:
         return partial(getattr(kernels, naive.__name__), backend=asked, **group)
 
     def begin(self, model: nn.Module, guess: float = 0, sync_bn: bool = True, note: str = "", **parts: Any) -> Any:
-        """Make the run's folder, or go on in --resume's; print the header; return what a step calls. `parts` are
-        saved with the model, `guess` is the loss of a guess (0: none), BN spans the GPUs if `sync_bn`."""
+        """Make the run's folder, print the header, return what a step calls. `parts` are saved; `guess`: a guess's loss."""
         c, self.model, self.guess, self.parts = self.config, model, guess, {"model": model, **parts}
         lr = parts["optimizer"].param_groups[0]["lr"]
         with explain(f"--resume {c.resume}", "start another run"):
@@ -451,10 +451,9 @@ class Run:
     def save(self) -> None:
         """Write config.json, log.csv, checkpoint.pt and backbone.pt; raise `RunFailure` if anything is not finite."""
         c, out, self.saved = self.config, Path(self.config.out), time.monotonic()
-        for name, value in (self.model.state_dict() | {"the loss": self.loss_sum}).items():
-            why = f"{name} is not finite at step {self.step}; give a lower --lr; {out} is as saved before"
-            if not torch.isfinite(value).all():
-                raise RunFailure(why)
+        bad = [k for k, v in (self.model.state_dict() | {"the loss": self.loss_sum}).items() if not v.isfinite().all()]
+        if bad:
+            raise RunFailure(f"{bad[0]} is not finite at step {self.step}; give a lower --lr; {out} is as saved before")
         state = {"method": c.method(), "config": asdict(c) | {"resume": ""}, "span": c.span, "data": self.about}
         state |= {"step": self.step, "rows": self.rows, "loss_sum": self.loss_sum}
         state |= {"parts": {name: (type(part).__name__, part.state_dict()) for name, part in self.parts.items()}}
@@ -500,12 +499,13 @@ class Run:
 
     def log(self, loss: Tensor, z: Tensor, *views: Tensor) -> None:
         """Take the loss of a step, the output z (n, d) that enters it, and what the network was fed."""
-        self.z, side = z.detach(), self.config.image_size
+        self.z, side = z.detach(), self.config.image_size * max(1, 96 // self.config.image_size)
         self.loss_sum += gather(loss.detach()[None]).mean(0)  # to read it now would wait for the device
         if self.step == 0 and self.rank == 0:  # views.png: a column is an image
-            views = [F.interpolate(v[:8].float().cpu(), side * max(1, 96 // side)) for v in views]
-            tiles = torch.cat(views) * images.STD + images.MEAN
-            torchvision.utils.save_image(tiles, Path(self.config.out, "views.png"), nrow=len(views[0]), pad_value=1)
+            views = [F.interpolate(v[:8].float().cpu() * images.STD + images.MEAN, side) for v in views]
+            torchvision.utils.save_image(
+                torch.cat(views), Path(self.config.out, "views.png"), nrow=len(views[0]), pad_value=1
+            )
 
     def between_steps(self, epoch: int, count: int) -> None:
         """Print the progress once a second, measure at the end of an epoch, save when it is time, stop if asked."""

@@ -210,8 +210,8 @@ def test_resume_of_what_cannot_be_resumed(tmp_path, capsys):
         assert status == 2 and err.count("\n") == 1 and words in err, err
     (run / "config.json").write_text(config)
     for given, words in (
-        ("--projection-dim 32", "--projection-dim was 64, now it is 32"),
-        ("--seed 1", "--seed was 0, now it is 1"),
+        ("--projection-dim 32", "--projection-dim was 64"),
+        ("--seed 1", "--seed was 0"),
         ("--preset cifar", "was"),
         ("--out elsewhere", "--out"),
     ):
