@@ -419,7 +419,7 @@ class Run:
         return partial(getattr(kernels, naive.__name__), backend=asked, **group)
 
     def begin(self, model: nn.Module, guess: float = 0, sync_bn: bool = True, note: str = "", **parts: Any) -> Any:
-        """Make the run's folder, print the header, return what a step calls. `parts` are saved; `guess`: a guess's loss."""
+        """Make the folder, print the header, return what a step calls. `parts` are saved; `guess` is a guess's loss."""
         c, self.model, self.guess, self.parts = self.config, model, guess, {"model": model, **parts}
         lr = parts["optimizer"].param_groups[0]["lr"]
         with explain(f"--resume {c.resume}", "start another run"):
