@@ -68,7 +68,8 @@ def share() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows x (n, ...) of all processes in the batch's order, (W n, ...). The gradient is times W: DDP averages."""
+    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...). If each process computes the loss of
+    all rows, the gradient of its own is W times as large here, because DDP takes the mean over the processes."""
     rank, world = share()
     if world == 1:
         return x
@@ -302,7 +303,7 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | None = None) -> Tensor:
-    """`network`, put in eval mode before, of a split's central views, or of its images `index`: (N, d), everywhere."""
+    """Features (N, d) of a split's central views, or of its images `index`, by a `network` in eval mode."""
     (rank, world), index = share(), torch.arange(len(split)) if index is None else index
     mine = index[(torch.arange(-(-len(index) // world)) * world + rank) % len(index)]  # as many rows for each process
     mine = mine.split(min(512, 2 * (config.micro_batch_size or max(8, config.batch_size // world))))  # a step's memory
@@ -323,7 +324,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 
 
 def health(z: Tensor) -> tuple[float, float, float]:
-    """Of z (N, d) at length 1: mean std of a channel, effective rank (Roy & Vetterli 2007), two rows' mean cosine^2."""
+    """Of z (N, d) at length 1: a channel's mean std, the effective rank (Roy & Vetterli 2007), rows' mean cosine^2."""
     z, n = F.normalize(z.cpu().double(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
     part = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
@@ -432,10 +433,10 @@ class Run:
             dist.broadcast_object_list(names)
         c.out = names[0]
         self.save()
-        given = " ".join(dashed(k, v) for k, v in asdict(c).items() if v != getattr(type(c), k) and k != "resume")
-        alone = "; BN is each process's own" * (self.world > 1 and self.device.type != "cuda")
+        given = [dashed(k, v) for k, v in asdict(c).items() if v != getattr(type(c), k) and k not in ("out", "resume")]
+        bn = "; BN is each process's own" * (self.world > 1 and self.device.type != "cuda")
         words = f"{note and '; '}{note}" + f"; a guess has the loss {guess:.3f}" * bool(guess)
-        print(f"{c.out}: {c.method()} on {self.world} x {self.device}{alone}; the paper's recipe with {given}")
+        print(f"{c.out}: {c.method()} on {self.world} x {self.device}{bn}; the paper's recipe with {' '.join(given)}")
         print(f"data: {self.data.describe()}\nnetwork: h {model.backbone.feature_dim}-d, output {model.dim}-d{words}")
         print(f"steps: {self.steps:,} an epoch, {self.total:,} in all, {self.step:,} done; peak lr {lr:g}", flush=True)
         if self.world > 1 and sync_bn and self.device.type == "cuda":
@@ -503,9 +504,8 @@ class Run:
         self.loss_sum += gather(loss.detach()[None]).mean(0)  # to read it now would wait for the device
         if self.step == 0 and self.rank == 0:  # views.png: a column is an image
             views = [F.interpolate(v[:8].float().cpu() * images.STD + images.MEAN, side) for v in views]
-            torchvision.utils.save_image(
-                torch.cat(views), Path(self.config.out, "views.png"), nrow=len(views[0]), pad_value=1
-            )
+            path = Path(self.config.out, "views.png")
+            torchvision.utils.save_image(torch.cat(views), path, nrow=len(views[0]), pad_value=1)
 
     def between_steps(self, epoch: int, count: int) -> None:
         """Print the progress once a second, measure at the end of an epoch, save when it is time, stop if asked."""
