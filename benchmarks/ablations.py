@@ -129,12 +129,12 @@ TABLES = {
     ),
     "swav.queue": (
         "z of past batches that share the prototypes with a small one (SwAV, section 4.3, takes 15 batches of 256)",
-        "--batch-size 32 --lr 0.1", ["", "--queue-size 480 --queue-start-epoch 1"],
+        "--batch-size 32 --lr 0.05", ["", "--queue-size 480 --queue-start-epoch 1"],
     ),
     "swav.multi-crop": (
         "small crops that predict the codes of the large ones (SwAV, 400 epochs: 2x224 70.1, 2x224,6x96 74.6); the "
         "loss is then a sum of 10 pairs in place of 2, so that a fifth of the rate is the same one", "",
-        ["", "--crops 2x32,4x16", "--crops 2x32,4x16 --lr 0.08"],
+        ["", "--crops 2x32,4x16", "--crops 2x32,4x16 --lr 0.04"],
     ),
     "demos": ("the demos as they are", "", DEMOS),
 }  # fmt: skip
