@@ -26,7 +26,7 @@ Only f is kept: its output y, which the other files call h, is the representatio
     python byol.py --data /my/photos                           your own pictures
     python byol.py --preset paper-100 --data /imagenet         the published 100 epochs; paper-300; paper (1000)
 
-The demo ends at a kNN of 0.850 to 0.914; raw pixels reach 0.726 (five seeds; an EPYC with AVX-512).
+The demo ends at a kNN of 0.838 to 0.924; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
 This file differs from the authors' code in two points. Crops are resized bilinearly, there bicubically (appendix B).
 The colour jitter is torchvision's, by factors; theirs shifts brightness additively, contrast by channel, and saturation

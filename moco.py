@@ -26,7 +26,7 @@ the query alone. f_q is kept without its head: h is the representation.
     python moco.py --data /my/photos                       your own pictures
     python moco.py --preset paper-v1 --data /imagenet      version 1; --preset paper is version 2
 
-The demo ends at a kNN of 0.853 to 0.937; raw pixels reach 0.726 (five seeds; an EPYC with AVX-512).
+The demo ends at a kNN of 0.836 to 0.955; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
 This file differs from the authors' code in four points. The cosine moves at every step, theirs at every epoch. The
 blur's kernel is a tenth of the side; theirs (Pillow's) has no bound and blurs visibly more at 32 pixels. Pictures are
