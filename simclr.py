@@ -50,7 +50,7 @@ DEMO = dict(  # ours: learns the shapes set on two CPU cores in about a minute
 )  # fmt: skip
 PHOTOS = dict(  # ours: some hundred to some ten thousand pictures of one's own
     image_size=128, backbone="resnet18", epochs=100, batch_size=128,
-    optimizer="sgd", lr=0.4, weight_decay=1e-4, warmup_epochs=0.0, temperature=0.2, crop_min_scale=0.2,
+    optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup_epochs=0.0, temperature=0.2, crop_min_scale=0.2,
 )  # fmt: skip
 
 

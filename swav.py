@@ -56,7 +56,7 @@ CIFAR = dict(  # ours, since the paper does not train on CIFAR-10; only ten epoc
     optimizer="sgd", lr=0.4, weight_decay=1e-4, prototypes=512, epsilon=0.01, crop_min_scale=0.2, blur=0.0,
 )  # fmt: skip
 PHOTOS = dict(  # ours: for your own pictures, from some hundred on
-    image_size=128, backbone="resnet18", crops="2x128", epochs=100, batch_size=128, optimizer="sgd", lr=0.4,
+    image_size=128, backbone="resnet18", crops="2x128", epochs=100, batch_size=128, optimizer="sgd", lr=0.1,
     weight_decay=1e-4, warmup_epochs=0.0, prototypes=256, epsilon=0.01, crop_min_scale=0.2,
 )  # fmt: skip
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in one and a half to three minutes
