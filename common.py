@@ -389,8 +389,8 @@ class Run:
             data = images.from_arrays(*(data if isinstance(data, tuple) else (data, None)), self.device)
         stored, c.data = stored_flags(type(c), c.resume), data.name if data else c.data
         for name in (name for name, was in stored.items() if was != getattr(c, name)):
-            print(f"note: {dashed(name)} was {stored[name]}, now it is {getattr(c, name)}", flush=True)
             ensure(name in c.MAY_CHANGE, f"--resume: {dashed(name)} was {stored[name]}; leave it out")
+            print(f"note: {dashed(name)} was {stored[name]}, now it is {getattr(c, name)}", flush=True)
         state = load_checkpoint(c.resume) if stored else {}
         c.span, self.kept = state.get("span"), state.get("parts", {})
         self.step, self.rows = state.get("step", 0), state.get("rows", [])
