@@ -244,7 +244,7 @@ def backend_of(config: Config, device: torch.device) -> str:
         return "naive"
     ensure(common.kernels, f"--loss-backend {asked}: the folder kernels/ is not beside common.py; give naive")
     with explain(f"--loss-backend {asked}", "give auto"):
-        return common.kernels.resolve_backend(asked, config.batch_size, config.batch_size, device, torch.float32)
+        return common.kernels.resolve_backend(asked, device, torch.float32)
 
 
 def train(config: Config, data: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -416,7 +416,7 @@ class Run:
             return naive
         ensure(kernels, f"--loss-backend {asked}: kernels/ is not beside common.py; copy it along")
         with explain(f"--loss-backend {asked}", "give auto"):
-            kernels.resolve_backend(asked, 1, 1, self.device, torch.float32, group.get("group"))
+            kernels.resolve_backend(asked, self.device, torch.float32)
         return partial(getattr(kernels, naive.__name__), backend=asked, **group)
 
     def begin(self, model: nn.Module, guess: float = 0, sync_bn: bool = True, note: str = "", **parts: Any) -> Any:

@@ -93,8 +93,6 @@ class Config(RunConfig):
         self.need("lr > 0", "temperature > 0", "queue_size > 0", "projection_dim > 0", "bn_splits > 0", "blur <= 1")
         self.need("momentum <= 1", "bank_momentum <= 1", "0 < crop_min_scale <= 1")
         ensure(not self.symmetric or self.mechanism != "memory-bank", "--symmetric: a bank has one vector for an image")
-        fused = self.mechanism == "end-to-end" and self.loss_backend in ("triton", "blocked")
-        ensure(not fused, f"--loss-backend {self.loss_backend}: end-to-end has none; leave it out")
         self.need("batch_size % bn_splits == 0", "batch_size >= 2 * bn_splits")
 
 
@@ -270,7 +268,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         q, k = network(x_q, x_k)
         k = gather(k)[order.argsort()] if shuffled else gather(k)
         if mechanism == "end-to-end":  # every process computes the whole loss
-            return info_nce(gather(q), k, None, tau), q, k
+            return loss_of(gather(q), k, None, tau), q, k
         return loss_of(q, k[rank::world], queue.keys, tau), q, k
 
     for index, views in run.batches(views=1 if mechanism == "memory-bank" else 2, scale=(config.crop_min_scale, 1.0)):

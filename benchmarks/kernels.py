@@ -22,7 +22,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,71 +45,78 @@ DTYPES = "fp16", "fp16x2"  # how rows are stored: the latter for float32 at full
 
 
 def variants(width, dtype, target):
-    """Yield (name, kernel, constants, warps, stages) for every launch that the width can lead to."""
-    parts, named = 2 if dtype == "fp16x2" else 1, target if target in ("sm_80", "sm_90", "sm_100") else "small"
-    for direction in ("forward", "backward", "emit"):
-        total, product = direction != "backward", direction != "forward"
-        bm, bn, bd, warps, stages = fused.configuration(total, product, width, parts, named)
-        tile = dict(BM=bm, BN=bn, BD=bd, CHUNKS=-(-width // bd), PARTS=parts)
-        tile |= dict(POINTER=False, TOTAL=total, PRODUCT=product, ACC=tl.float32)
-        for labels in (False, True):
-            for shift in (False, True):
-                name = direction + ", labels" * labels + ", shift" * shift
-                if direction != "emit" or (shift and not labels):
-                    tma, specialize = fused.features(bd, parts, shift, named)
-                    flags = dict(LABELS=labels, SHIFT=shift, TMA=tma, SPECIALIZE=specialize)
-                    yield name, fused.walk_kernel, tile | flags, warps, stages
-                    if shift and not labels:  # a temperature on the GPU
-                        yield name + ", pointer", fused.walk_kernel, tile | flags | dict(POINTER=True), warps, stages
-    row, flags = dict(BD=triton.next_power_of_2(width), ACC=tl.float32), dict(POINTER=False, EMIT=False)
-    rows = row | dict(WIDTH=width, PARTS=parts)
-    yield "unit_rows", fused.unit_rows_kernel, rows, 4, 3
-    yield "finish", fused.finish_kernel, rows | flags | dict(SIDES=2), 4, 3
-    yield "finish, emit", fused.finish_kernel, rows | flags | dict(SIDES=1, EMIT=True), 4, 3
-    yield "input_gradient", fused.input_gradient_kernel, rows | flags | dict(SIDES=2), 4, 3
+    """Yield (name, kernel, How, warps, stages, parts that are absent) for every launch that the width can lead to.
+
+    Absent are the labels, the shifts m and the weights a and b, of `row` and `col`, that the launch does not have.
+    """
+    parts, named = 2 if dtype == "fp16x2" else 1, target if target in ("sm_80", "sm_90") else "small"
+    kinds = {  # name -> its part of How, and whether it has labels and b
+        "forward": (dict(total=True, meet=True, pair=True), False, False),
+        "forward, towers": (dict(total=True, meet=True, pair=True, cross=True), False, False),
+        "forward, class": (dict(total=True, meet=True, classes=1), True, False),
+        "queue": (dict(total=True, emit=True), False, False),
+        "backward": (dict(meet=True, pair=True), False, False),
+        "backward, towers": (dict(meet=True, pair=True, cross=True), False, False),
+        "backward, class": (dict(meet=True, classes=-1), True, False),
+        "backward, positives": (dict(meet=True), True, True),
+    }
+    for kind, (given, labels, b) in kinds.items():
+        total = given.get("total", False)
+        bm, bn, bd, warps, stages = fused.configuration(kind == "queue" or not total, labels, width, parts, named)
+        tile = fused.How(bm, bn, bd, -(-width // bd), parts, named == "sm_90" and bd <= 256)._replace(**given)
+        for shift in (False, True)[kind == "queue" :]:
+            absent = [not labels, total or not shift, total, not b]
+            how, name = tile._replace(shift=shift), kind + ", shift" * shift
+            yield name, fused.walk_kernel, how, warps, stages, absent
+            if shift and not labels:  # a temperature on the GPU
+                yield f"{name}, pointer", fused.walk_kernel, how._replace(pointer=True), warps, stages, absent
+    bd = fused.power_of_two(width)
+    row = fused.How(max(1, 2048 // bd), BD=bd, parts=parts)
+    yield "unit_rows", fused.unit_rows_kernel, row, 4, 3, []
+    yield "finish", fused.finish_kernel, row._replace(pair=True), 4, 3, []
+    yield "finish, queue", fused.finish_kernel, row._replace(pair=True, emit=True), 4, 3, []
+    yield "input_gradient", fused.input_gradient_kernel, row._replace(pair=True, both=True), 4, 3, []
+    yield "input_gradient, queue", fused.input_gradient_kernel, row._replace(pair=True, emit=True), 4, 3, []
 
 
 def compile_one(task):
     target, width, dtype, name = task
-    _, kernel, constants, warps, stages = next(v for v in variants(width, dtype, target) if v[0] == name)
-    kinds = {"root": "fp32", "C": "fp32"}  # of the parameters that are no pointers to float32
-    kinds |= dict.fromkeys(("M", "K", "n", "n2", "d", "offset", "columns_per_split", "splits"), "i32")
-    kinds |= {p: "i32" for p in kernel.arg_names if re.fullmatch("(row|col)[123]", p)}
-    kinds |= dict.fromkeys(("Z", "Y", "Pairs"), "*fp16")
-    kinds |= dict.fromkeys(("X1", "X2", "X3", "DX"), "*fp16" if dtype == "fp16" else "*fp32")
-    kinds |= dict.fromkeys(("RowLabel", "ColLabel"), "*i64")
-    if constants.get("TMA"):
-        kinds |= {p: f"tensordesc<fp16[{constants[b]}, {constants['BD']}]>" for p, b in (("Z", "BM"), ("Y", "BN"))}
-    if not constants.get("LABELS"):
-        constants = constants | {p: None for p in ("RowLabel", "ColLabel") if p in kernel.arg_names}
-    if constants.get("TOTAL"):
-        constants = constants | dict.fromkeys(("RowM", "RowA", "ColM", "ColA"))
-    if constants.get("POINTER"):
-        kinds["C"] = "*fp32"
-    signature = {p: "constexpr" if p in constants else kinds.get(p, "*fp32") for p in kernel.arg_names}
-    whole = ("d",) * name.startswith(("forward", "backward", "emit")) + ("columns_per_split",)  # 16 divides these
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, p in enumerate(kernel.arg_names)
-        if signature[p].startswith("*") or p in whole
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
+    _, kernel, how, warps, stages, absent = next(v for v in variants(width, dtype, target) if v[0] == name)
+    names, elements = kernel.arg_names, how.BM * how.BN
+    kinds = {"root": "fp32", "C": "*fp32" if how.pointer else "fp32", "how": "constexpr"}  # else a pointer to float32
+    kinds |= dict.fromkeys(("M", "K", "n", "d", "width", "whole", "first", "per_split", "splits"), "i32")
+    kinds |= dict.fromkeys(("Z", "Y", "Pairs"), "*fp16") | {"strides": ("i32",) * 6, "starts": ("i32",) * 4}
+    kinds["DX"] = given = "*fp16" if dtype == "fp16" else "*fp32"
+    kinds["X"] = (given,) * 3
+    if how.descriptors:
+        kinds |= {p: f"tensordesc<fp16[{b},{how.BD}]>" for p, b in (("Z", how.BM), ("Y", how.BN))}
+    constants = {(names.index("how"),): how}
+    if absent:
+        side = zip(("*i64", "*fp32", "*fp32", "*fp32"), absent, strict=True)
+        kinds["row"] = kinds["col"] = tuple("constexpr" if gone else kind for kind, gone in side)
+        constants |= {(names.index(p), i): None for p in ("row", "col") for i, gone in enumerate(absent) if gone}
+        if how.total:
+            kinds["Top"], constants[names.index("Top"),] = "constexpr", None
+    signature = {p: kinds.get(p, "*fp32") for p in names}
+    whole = ("d", "per_split") if elements else ("width",)  # 16 divides these
+    aligned = [p for p in names if p in whole or (isinstance(signature[p], str) and signature[p].startswith("*"))]
+    attributes = {(names.index(p),): [["tt.divisibility", 16]] for p in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
     row = dict(target=target, d=width, dtype=dtype, kernel=name, warps=warps, shared=compiled.metadata.shared)
-    elements = constants.get("BM", 0) * constants.get("BN", 0)
-    row["tile"] = f"{constants['BM']}x{constants['BN']}" if elements else "row"
-    (read_amd if target == "gfx942" else read_sass)(compiled, row, elements, constants)
+    row["tile"] = f"{how.BM}x{how.BN}" if elements else f"{how.BM} rows"
+    (read_amd if target == "gfx942" else read_sass)(compiled, row, elements, how)
     row["bad"] = bool(
         row["shared"] > 1024 * (SHARED[target] - (target != "gfx942"))
         or row["spill"]
         or row["atomics"]
         or (bool(elements) and TENSOR[target] not in row["tensor"].split())
-        or (bool(constants.get("TMA")) and "UTMALDG" not in row["tensor"].split())
+        or (how.descriptors and "UTMALDG" not in row["tensor"].split())
     )
     return row
 
 
-def read_sass(compiled, row, elements, constants):
+def read_sass(compiled, row, elements, how):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -126,14 +132,14 @@ def read_sass(compiled, row, elements, constants):
     row["ctas"] = min(by_registers, by_shared, 64 // row["warps"])
     if not elements:
         return
-    chunks = constants["CHUNKS"]
-    loop = inner_loop(code, chunks, elements * constants["BD"] * (3 if row["dtype"] == "fp16x2" else 1) / row["warps"])
+    chunks = how.chunks
+    loop = inner_loop(code, chunks, elements * how.BD * (3 if how.parts == 2 else 1) / row["warps"])
     # A program makes one of the `chunks` of the output (forward without emit: the sums, and all of s, once).
-    programs = chunks if constants["PRODUCT"] else 1
+    programs = chunks if how.emit or not how.total else 1
     each = 32 * row["warps"] * programs / elements  # per similarity, in all programs that see it
     row["exp"] = sum(times for line, times in loop if "MUFU.EX2" in line) * each
     done = sum(times * multiply_adds(line) for line, times in loop) / 32  # of a thread
-    row["products"] = done * each / (constants["BD"] * chunks) or "-"  # sm_100 keeps the shape out of the name
+    row["products"] = done * each / (how.BD * chunks) or "-"  # sm_100 keeps the shape out of the name
     row["other"] = sum(times for _, times in loop) * each - row["exp"]
 
 
@@ -195,7 +201,7 @@ def jump_of(line):
     return match and match[1]
 
 
-def read_amd(compiled, row, elements, constants):
+def read_amd(compiled, row, elements, how):
     code = compiled.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1])  # noqa: E731
     row["registers"], row["spill"] = (
@@ -213,7 +219,7 @@ def fraction_of_floor(row):
     if row["target"] not in RATES or row.get("products", "-") == "-" or row["dtype"] != "fp16":
         return "-"
     products = row["d"] / RATES[row["target"]]  # clocks of an SM for one product's similarity
-    floor = max((2 if "backward" in row["kernel"] or "emit" in row["kernel"] else 1) * products, 1 / 16)
+    floor = max((2 if row["kernel"].startswith(("backward", "queue")) else 1) * products, 1 / 16)
     own = row["products"] * products, row["exp"] / 16, row["other"] / 128
     return f"{floor / sum(own):.2f}-{floor / max(own):.2f}"
 

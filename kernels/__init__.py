@@ -6,19 +6,20 @@
     sup_con (in)       SupCon, L_in    l_i = lse_i - lse over its positives + log |P(i)|
     cosine_logsumexp   the lse_i of all of them
 
-z normalised, t the temperature. On a GPU the log-sum-exp is a fused Triton kernel, on a CPU the same algorithm over
-tiles in plain PyTorch; memory grows with M d, not with M^2. Inputs need not be normalised or contiguous; they are
-float32, float16, bfloat16 or (not with Triton on a GPU) float64. The result is float32, or float64 for float64 inputs,
+Here z is normalised, and t is the temperature. On a GPU the log-sum-exp is a fused Triton kernel, on a CPU the same
+algorithm over tiles in plain PyTorch; memory grows with M d, not with M^2. Inputs need not be normalised or contiguous.
+They are float32, float16, bfloat16 or (not with Triton) float64; the result is float32, or float64 for float64 inputs,
 and repeats to the bit. The folder works when copied alone: it needs torch, and triton for CUDA tensors.
 """
 
+import functools
 from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logsumexp import Contrast, check_shares, kind, positive_mean, resolve_backend, row_dtype, several
+from .logsumexp import Contrast, check_shares, class_numbers, kind, resolve_backend
 
 SMALLEST, LARGEST = 1e-37, 1e37  # temperature: twice it, or its reciprocal, is still a float32
 Temperature = float | Tensor  # a tensor receives a gradient
@@ -35,29 +36,30 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: Temperature = 0.5, *, backend: 
     Raises ValueError for shapes, dtypes, devices, a temperature or a backend that do not fit; RuntimeError when
     differentiated twice.
     """
-    check_shares(group, z1, z2)
+    group = check_shares(group, z1, z2)
     _check_rows(same=True, z1=z1, z2=z2)
-    z1, z2 = (z.to(torch.promote_types(z1.dtype, z2.dtype)) for z in (z1, z2))
-    call = _Call(z1, 2 * len(z1), 2 * len(z2), temperature, backend, group)
-    if call.backend == "naive":
-        s = call.similarities(torch.cat([z1, z2]))
-        return F.cross_entropy(s, torch.arange(len(s), device=s.device).roll(len(z1)))
-    return call.contrast(z1, z2, sides=2)
+    return _contrast(z1, z2, None, temperature, backend, group, pair=True, both=True)
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: Temperature = 0.2, *, backend: str = "auto") -> Tensor:
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor | None = None, temperature: Temperature = 0.2, *, symmetric: bool = False,
+    backend: str = "auto", group=None,
+) -> Tensor:  # fmt: skip
     """Mean over the N queries of MoCo's loss (He et al. 2020, arXiv:1911.05722, equation 1).
 
-    q, k: (N, d), row i of k the positive key of row i of q; queue: (K, d), the negatives. Neither k nor queue receives
-    a gradient. Raises as `nt_xent` does.
+    q, k: (N, d), row i of k the positive key of row i of q. queue: (K, d), the negatives; then neither k nor queue
+    receives a gradient. Without a queue the negatives are the other keys (MoCo's end-to-end mechanism; the two towers
+    of CLIP, arXiv:2103.00020), and q and k receive gradients; `symmetric` takes the mean with the keys' own loss, over
+    the queries. `group`, and what is raised: as for `nt_xent`; also for a queue with `symmetric` or `group`.
     """
+    if queue is not None and (symmetric or group is not None):
+        raise ValueError("a queue takes neither symmetric nor group: sum two calls, and enqueue all processes' keys")
+    group = check_shares(group, q, k)
     _check_rows(same=True, q=q, k=k)
+    if queue is None:
+        return _contrast(q, k, None, temperature, backend, group, pair=True, cross=True, both=symmetric)
     _check_rows(q=q, queue=queue)
-    call, k, queue = _Call(q, len(q), len(queue), temperature, backend), k.detach(), queue.detach()
-    if call.backend != "naive":
-        return call.contrast(q, k, queue, sides=1)
-    positive = (call.unit(q) * call.unit(k)).sum(1) * call.scale
-    return -F.logsigmoid(positive - call.logsumexp(q, queue)).mean()  # logaddexp - positive, without the cancellation
+    return _contrast(q, k.detach(), queue.detach(), temperature, backend, pair=True)
 
 
 def sup_con(
@@ -69,19 +71,21 @@ def sup_con(
     none: its row is a negative of the others, without positives. An anchor without positives adds 0. loss="out" is
     equation 2 (the mean over positives outside the logarithm), "in" equation 3. `group`, errors: as for `nt_xent`.
     """
-    check_shares(group, z, labels)
+    group = check_shares(group, z, labels)
     _check_rows(z=z)
     fits = isinstance(labels, Tensor) and labels.shape == z.shape[:1] and labels.device == z.device
     if not fits or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers (M,), one a row of z, got {kind(labels)} for z {kind(z)}")
     if loss not in ("out", "in"):
         raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
-    labels = labels.long().contiguous()
-    call = _Call(z, len(z), len(z), temperature, backend, group)
-    lse = call.logsumexp(z)
-    positives, count = positive_mean(call.unit(z), labels, call.group)
-    each = lse - (positives * call.scale if loss == "out" else call.logsumexp(z, labels=labels) - count.log())
-    return torch.where((count > 0) & (labels != -1), each, 0).mean()
+    groups = _, _, count = class_numbers(labels.long(), group)
+    call = functools.partial(_contrast, z, None, None, temperature, backend, group, groups=groups)
+    if loss == "out":
+        each = call()
+    else:  # with the positives apart: -log(sum of the positives / sum of all) = softplus(lse of the others - theirs)
+        gap = torch.where(count > 0, call(classes=1) - call(classes=-1), 0)
+        each = count.clamp(min=1).to(gap).log() - F.logsigmoid(gap)
+    return torch.where(count > 0, each, 0).mean()
 
 
 def cosine_logsumexp(
@@ -94,58 +98,34 @@ def cosine_logsumexp(
     A temperature that is a tensor receives a gradient; one on a GPU is not checked, since that would synchronise.
     """
     columns = queries if keys is None else keys
-    check_shares(group, queries, columns)
+    group = check_shares(group, queries, columns)
     _check_rows(queries=queries, keys=columns)
-    return _Call(queries, len(queries), len(columns), temperature, backend, group).logsumexp(queries, keys)
+    if keys is None or keys.requires_grad or group is not None:
+        return _contrast(queries, keys, None, temperature, backend, group, cross=keys is not None)
+    return _contrast(queries, None, keys, temperature, backend, group)
 
 
-class _Call:
-    """What one call of a loss settles once: scale = 1 / temperature, group, backend, dtype of the products."""
-
-    def __init__(self, x, rows, columns, t, backend, group=None):
-        if isinstance(t, Real):
-            value = t
-        elif _floats(t) and t.numel() == 1 and t.device in (torch.device("cpu"), x.device):
-            value = t.item() if t.device.type == "cpu" and not torch.compiler.is_compiling() else 1.0  # or not known
-        else:
-            raise ValueError(f"temperature must be a number, or one float on {x.device} or cpu, got {kind(t)}")
-        if not SMALLEST <= value <= LARGEST:
-            raise ValueError(f"temperature must be a number of at least {SMALLEST}, at most {LARGEST}, got {value}")
-        if isinstance(t, Tensor):
-            self.scale = t.reshape(()).to(torch.promote_types(torch.float32, t.dtype)).reciprocal()
-        else:
-            self.scale = torch.tensor(1 / t, dtype=torch.float64)
-        self.group = group if several(group) else None
-        self.backend = resolve_backend(backend, rows, columns, x.device, x.dtype, self.group)
-        self.dtype = row_dtype(x, self.backend)
-
-    def contrast(self, x1, x2=None, y=None, labels=None, sides=0):
-        given = x1, x2, y, self.scale
-        if not torch.is_grad_enabled():  # so that nothing is kept for a backward pass
-            given = (x if x is None else x.detach() for x in given)
-        return Contrast.apply(*given, labels, sides, self.dtype, self.backend, self.group)
-
-    def logsumexp(self, x, keys=None, labels=None):
-        """Over the keys, or over the other rows of x: all, or those of the same label."""
-        if self.backend != "naive":
-            return self.contrast(x, None, keys, labels)
-        return self.similarities(x, keys, labels).logsumexp(dim=1)
-
-    def unit(self, x):
-        """Rows of length 1, in at least float32."""
-        x = x.to(torch.promote_types(torch.float32, self.dtype))
-        largest = x.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
-        z = x / largest
-        return z / z.norm(dim=1, keepdim=True).clamp_min(1e-12 / largest)
-
-    def similarities(self, x, keys=None, labels=None):
-        """The whole matrix (M, K), -inf where the sum leaves a key out."""
-        with torch.autocast(x.device.type, enabled=False):
-            z = self.unit(x)
-            s = z @ (z if keys is None else self.unit(keys)).T * self.scale
-            if keys is None:
-                s = s.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
-            return s if labels is None else s.masked_fill(labels[:, None] != labels, -torch.inf)
+@torch._disable_dynamo  # torch.compile leaves it as it is
+def _contrast(x1, x2, y, t, backend, group=None, groups=None, pair=False, cross=False, both=False, classes=0):
+    """`Contrast`, after a look at the temperature and the choice of a backend and of a dtype for the products."""
+    if isinstance(t, Real):
+        value = t
+    elif _floats(t) and t.numel() == 1 and t.device in (torch.device("cpu"), x1.device):
+        value = t.item() if t.device.type == "cpu" else 1.0  # on a GPU it is not known
+    else:
+        raise ValueError(f"temperature must be a number, or one float on {x1.device} or cpu, got {kind(t)}")
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"temperature must be a number of at least {SMALLEST}, at most {LARGEST}, got {value}")
+    kept = torch.promote_types(torch.float32, t.dtype) if isinstance(t, Tensor) else torch.float64
+    scale = torch.as_tensor(t, dtype=kept).reshape(()).reciprocal()
+    if x2 is not None:
+        x1, x2 = (x.to(torch.promote_types(x1.dtype, x2.dtype)) for x in (x1, x2))
+    autocast, grad = x1.is_cuda and torch.is_autocast_enabled("cuda"), torch.is_grad_enabled()
+    backend, dtype = resolve_backend(backend, x1.device, x1.dtype), torch.promote_types(torch.float32, x1.dtype)
+    if backend == "triton" and x1.dtype != torch.float64 and (x1.dtype != torch.float32 or autocast):
+        dtype = torch.float16  # unit rows have |z| <= 1, so float16 rounds eight times finer than bfloat16
+    with torch.autocast(x1.device.type, enabled=False), torch.cuda.device_of(x1):
+        return Contrast.apply(x1, x2, y, scale, groups, pair, cross, both, classes, grad, dtype, backend, group)
 
 
 def _floats(x):

@@ -1,30 +1,38 @@
 """The log-sum-exp over tiles of the similarity matrix, in plain PyTorch: the CPU twin of the Triton kernels.
 
-A tile of similarities stays in the cache from its product to its last use. It is large because each operation on it
-starts all threads: few and long ones also suffer least on a busy machine. Where E is symmetric, the tiles on and above
-the diagonal serve their rows and, transposed, the rows below. The first tiles of E, up to KEEP bytes, are kept for the
-backward pass, which then spares their product and exponentials. The equations are those of `logsumexp`.
+A tile of similarities stays in the cache from its product to its last use. Tiles are large because each operation on
+one starts all threads. Where the columns are the rows, a tile serves its rows and, transposed, its columns. The forward
+pass keeps the first tiles of E, up to KEEP bytes, for the backward pass. The equations are those of `logsumexp`.
 """
 
+import functools
 import math
 import threading
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
-TILE = 768  # rows and columns
-NARROW = 384  # rows of a tile of a triangle, where those on the diagonal compute what they need not
-WEIGHT = 8192  # W is at most twice that, where float16 is precise
-THREAD = threading.local()  # of its scratch memory
+TILE = 768  # rows and columns of a tile
+NARROW = 384  # rows of a tile on the diagonal of a triangle of more than 512: it computes its lower half for nothing
 KEEP = 32 * 2**20  # bytes of E that a call keeps from its forward to its backward pass; 0: none
+
+# What travels together, of M rows or columns: unit vectors z (M, d), times the root of `scaling`; class numbers (M,);
+# m, a and b (M,), the shifts and weights of equations 2, 4 and 5.
+Rows = namedtuple("Rows", "z label m a b", defaults=(None,) * 4)
+# Which columns a row meets. Columns are the first parts of all processes' rows, then their second parts. n: rows of
+# this process's first part; whole: columns of the first part; first: the column of row 0, or -1 if the columns are not
+# the rows; pair: leave out the partner, the row of the other part with the same number; cross: meet the other part
+# only; classes: 1 to meet the row's class only, -1 to meet the other classes only, 0 to meet all.
+Layout = namedtuple("Layout", "n whole first pair cross classes")
 
 
 def scaling(scale):
     """Return the factor of unit rows, c of equation 1, and whether 2^s needs a shift.
 
-    Without one, rows are stored times the root of c, in float16 if they are, so not for a c that is tiny. A scale on a
-    GPU is not read back, to spare a synchronisation: its c is a tensor.
+    Without a shift, rows are stored times the root of c, perhaps in float16, so c must not be tiny. A scale on a GPU is
+    not read back, because that would wait for the GPU: its c is a tensor.
     """
     if scale.is_cuda:
         return 1.0, scale * LOG2E, True
@@ -32,162 +40,165 @@ def scaling(scale):
     return (math.sqrt(c), 1.0, False) if 0.25 <= c <= 64 * LOG2E else (1.0, c, True)
 
 
-def stored(m, d, dtype):
-    """Return shape and dtype of M unit rows."""
-    return (m, d), dtype
+@functools.lru_cache(maxsize=16)
+def scratch(thread, dtype):
+    """Memory of two tiles. All calls of a thread share it, because the system clears new memory."""
+    with torch.inference_mode(False):  # so that calls outside that mode can write to it
+        return torch.empty(2, TILE * TILE, dtype=dtype)
 
 
-def plan(m, k, triangle):
-    """Yield the slices of rows and columns of each tile, and of its place when they follow one another."""
-    end, high = 0, min(TILE, m)
-    for i in range(0, m, high):
-        i1 = min(i + high, m)
-        if triangle:  # the square on the diagonal, then what is right of it
-            tiles = [(r, min(r + NARROW, i1), r, i1) for r in range(i, i1, NARROW)]
-            tiles += [(i, i1, j, min(j + TILE, k)) for j in range(i1, k, TILE)]
-        else:
-            wide = min(TILE * TILE // high, 4 * TILE)
-            tiles = [(i, i1, j, min(j + wide, k)) for j in range(0, k, wide)]
-        for r0, r1, j0, j1 in tiles:
-            start, end = end, end + (r1 - r0) * (j1 - j0)
-            yield slice(r0, r1), slice(j0, j1), slice(start, end)
+def plan(m, k, layout, mirror):
+    """Yield the slices of rows and columns of each tile, and of its place when tiles follow one another.
 
-
-def room(m, k, triangle, dtype):
-    """Return how many elements of E are kept: those of the first tiles, up to KEEP bytes."""
-    kept = 0
-    for *_, at in plan(m, k, triangle):
-        if at.stop * dtype.itemsize > KEEP:
-            break
-        kept = at.stop
-    return kept
+    `mirror`: the columns are the rows, and a tile also serves its columns, so half of the tiles will do.
+    """
+    blocks = [(0, m, 0, k)]
+    if layout.cross:
+        blocks = [(0, min(m, layout.n), layout.whole, k), (layout.n, 0 if mirror else m, 0, layout.whole)]
+    end = 0
+    for low, high, left, right in blocks:
+        size = max(1, min(TILE, high - low))
+        for i in range(low, high, size):
+            i1 = min(i + size, high)
+            if mirror and not layout.cross:  # the square on the diagonal, then what is right of it
+                narrow = NARROW if size > 512 else size
+                tiles = [(r, min(r + narrow, i1), r, i1) for r in range(i, i1, narrow)]
+                tiles += [(i, i1, j, min(j + TILE, k)) for j in range(i1, k, TILE)]
+            else:
+                wide = min(TILE * TILE // size, 4 * TILE)
+                tiles = [(i, i1, j, min(j + wide, right)) for j in range(left, right, wide)]
+            for r0, r1, j0, j1 in tiles:
+                start, end = end, end + (r1 - r0) * (j1 - j0)
+                yield slice(r0, r1), slice(j0, j1), slice(start, end)
 
 
 def unit_rows(x1, x2, x3, scale, dtype):
-    """As `logsumexp.unit_rows`."""
+    """Return the unit rows of all (M, d) times the root of `scaling`, and 1 / |x| (M,), |x| no smaller than 1e-12."""
     given = [x.to(dtype) for x in (x1, x2, x3) if x is not None]
-    return normalized(torch.cat(given) if len(given) > 1 else given[0].contiguous(), scaling(scale)[0])
+    x = torch.cat(given)  # a copy, which takes the result
+    return normalized(x, scaling(scale)[0], x)
 
 
-def normalized(x, root):
-    """Return root x / |x| and 1 / |x|, |x| no smaller than 1e-12."""
-    inverse = inverse_lengths(x)
-    if inverse is not None:
-        return x * (inverse * root).unsqueeze(1), inverse
+def normalized(x, root, out=None):
+    """Return root x / |x|, in `out` if it is given, and 1 / |x|, |x| no smaller than 1e-12."""
+    norm = torch.linalg.vector_norm(x, dim=1)
+    low, high = (0, 0) if x.is_cuda else (each.item() for each in norm.aminmax())  # a GPU would have to be waited for
+    if low >= 1e-12 and high < 1e18:
+        inverse = norm.reciprocal_()
+        return torch.mul(x, (inverse * root).unsqueeze(1), out=out), inverse
     largest = torch.maximum(x.amax(1), -x.amin(1)).clamp_min_(1e-12)
-    z = x / largest.unsqueeze(1)  # at most 1
+    z = torch.div(x, largest.unsqueeze(1), out=out)  # at most 1: a square can neither overflow nor vanish
     inverse = torch.linalg.vector_norm(z, dim=1).clamp_min_(1).reciprocal_()
     return z.mul_((inverse * root).unsqueeze(1)), inverse / largest
 
 
-def inverse_lengths(x):
-    """Return 1 / |x|, or None where the square of an element could overflow or vanish, or a GPU be waited for."""
-    norm = torch.linalg.vector_norm(x, dim=1)
-    low, high = (0, 0) if x.is_cuda else (extreme.item() for extreme in norm.aminmax())
-    return norm.reciprocal_() if low >= 1e-12 and high < 1e18 else None
+def diagonals(x, i, j, layout):
+    """Yield the diagonals of a tile x, rows i and columns j, at which a row meets itself or its partner."""
+    n, whole, first, pair, *_ = layout
+    own = [(0, 2 * n, first)] if whole == n else [(0, n, first), (n, 2 * n, first + whole - n)]
+    partner = [(0, n, first + whole), (n, 2 * n, first - n)] * pair
+    for low, high, at in own + partner if first >= 0 else ():  # the rows low to high leave out column row + at
+        low, high = max(i.start, low), min(i.stop, high)
+        if low - high < low + at - j.start < j.stop - j.start:
+            yield x[low - i.start : high - i.start].diagonal(low + at - j.start)
 
 
-def scratch(like, name):
-    """Memory of a tile; on a CPU the same at each call of a thread, since the system has to zero new memory."""
-    memory = getattr(THREAD, name, None)
-    if like.is_cuda or memory is None or memory.dtype != like.dtype:
-        with torch.inference_mode(False):
-            memory = torch.empty(TILE * TILE, dtype=like.dtype, device=like.device)
-        if not like.is_cuda:
-            setattr(THREAD, name, memory)
-    return memory
+def _tiles(rows, cols, layout, mirror, kept, filled, c, shift, root=None):
+    """Yield the slices of rows and columns of each tile, its columns, its E (s where that needs a shift), and memory.
+
+    What the sum leaves out is 0 in E and -inf in s. `filled`: the kept tiles hold their E. `root`: that of `scaling`,
+    if the columns are not of length 1 yet.
+    """
+    z = rows.z
+    memory, more = z.new_empty(2, TILE * TILE) if z.is_cuda else scratch(threading.get_ident(), z.dtype)
+    for i, j, at in plan(len(z), len(cols.z), layout, mirror):
+        held, zj = at.stop <= len(kept), cols.z[j] if root is None else normalized(cols.z[j], root)[0]
+        s = (kept[at] if held else memory[: at.stop - at.start]).view(i.stop - i.start, -1)
+        if not (held and filled):
+            torch.mm(z[i], zj.T, out=s)
+            if shift:
+                s *= c
+            for diagonal in diagonals(s, i, j, layout):
+                diagonal.fill_(-torch.inf)
+            if layout.classes:
+                same = rows.label[i, None] == cols.label[j]
+                s.masked_fill_(~same if layout.classes > 0 else same, -torch.inf)
+            if not shift:
+                s.exp2_()
+        yield i, j, zj, s, more[: s.numel()].view(s.shape)
 
 
-def _tiles(rows, k, triangle, kept):
-    """Yield the slices of rows and columns of each tile, its memory, and whether that is kept."""
-    for i, j, at in plan(rows.shape[0], k, triangle):
-        held, size = at.stop <= kept.shape[0], at.stop - at.start
-        yield i, j, (kept[at] if held else scratch(rows, "s")[:size]).view(i.stop - i.start, -1), held
+def forward(z, label, y_label, y, anchors, layout, scale, emit, keep):
+    """Return l, q (of pairs), m and a = q / total of the first rows of z, (anchors,) each, out (anchors, d), and E.
 
-
-def _similarity(s, zi, zj, i, j, c, shift, offset, row_labels, col_labels):
-    """Equation 1 for one tile, into s; -inf where the sum leaves a column out."""
-    torch.mm(zi, zj.T, out=s)
-    if shift:
-        s *= c
-    diagonal = i.start + offset - j.start  # where row i meets itself among the columns
-    if offset >= 0 and i.start - i.stop < diagonal < j.stop - j.start:
-        s.diagonal(diagonal).fill_(-torch.inf)
-    if row_labels is not None:
-        s.masked_fill_(row_labels[i, None] != col_labels[j], -torch.inf)
-
-
-def forward(rows, cols, pairs, sides, scale, offset, row_labels, col_labels, emit, room):
-    """As `logsumexp.forward`."""
+    `y` None: the columns are the rows. Without a pair l is lse, and q, not returned, is 1. With `emit`, out_i is the
+    gradient of lse_i by z_i over beta, sum_j E_ij k_j / total_i, and y has rows of any length. `keep` some tiles of E.
+    """
     root, c, shift = scaling(scale)
-    triangle = cols is None and not shift
-    (n, d), k = rows.shape, (rows if cols is None else cols).shape[0]
-    total, kept, out = rows.new_zeros(n), rows.new_empty(room), rows.new_zeros(n if emit else 0, d)
-    m = rows.new_full((n,), -3e38 if shift else 0)  # below every s, and finite
-    inverse = inverse_lengths(cols) if emit else None
-    for i, j, s, _ in _tiles(rows, k, triangle, kept[:0] if shift else kept):
-        zj = (rows if cols is None else cols)[j]
-        if emit:
-            zj = normalized(zj, root)[0] if inverse is None else zj * (inverse[j] * root).unsqueeze(1)
-        _similarity(s, rows[i], zj, i, j, c, shift, offset, row_labels, col_labels)
+    rows, cols = Rows(z[:anchors], label), Rows(z, label) if y is None else Rows(y, y_label)
+    mirror = y is None and not shift and anchors == len(z)
+    total, out = z.new_zeros(anchors), z.new_zeros(anchors if emit else 0, z.shape[1])
+    ends = (at.stop for *_, at in plan(anchors, len(cols.z), layout, mirror)) if keep and not emit and not shift else ()
+    kept = z.new_empty(max((end for end in ends if end * z.itemsize <= KEEP), default=0))
+    m = z.new_full((anchors,), -3e38 if shift else 0)  # below every s, and finite
+    for i, j, zj, e, _ in _tiles(rows, cols, layout, mirror, kept, False, c, shift, root if emit else None):
         if shift:  # keep the running maximum
-            m_new = torch.maximum(m[i], s.amax(1))
+            m_new = torch.maximum(m[i], e.amax(1))
             shrink = torch.exp2(m[i] - m_new)
             total[i].mul_(shrink)
-            m[i] = m_new
-            s -= m_new.unsqueeze(1)
             if emit:
                 out[i].mul_(shrink.unsqueeze(1))
-        e = s.exp2_()
+            m[i] = m_new
+            e.sub_(m_new.unsqueeze(1)).exp2_()
         total[i].add_(e.sum(1))  # (2)
-        mirror = max(i.stop, j.start)  # from here on a column is no row of the tile
-        if triangle and mirror < j.stop:  # the same tile, seen from its columns
-            total[mirror : j.stop].add_(e[:, mirror - j.start :].sum(0))
+        start = max(i.stop, j.start)  # from here on a column is no row of the tile
+        if mirror and start < j.stop:  # the same tile, seen from its columns
+            total[start : j.stop].add_(e[:, start - j.start :].sum(0))
         if emit:
-            out[i].addmm_(e, zj)  # (4)
-    each, w = total.log(), total.new_empty(0)
+            out[i].addmm_(e, zj)
+    each, q = total.log(), total.new_empty(0)
     if shift:
         each += m * LN2
-    if sides:
-        cosine = torch.linalg.vecdot(*pairs.view(2, -1, d))
-        each.view(sides, -1).sub_(cosine * (c * LN2))
-        w = torch.sigmoid(each) * WEIGHT if sides == 1 else torch.full_like(each, WEIGHT)
-        each = -F.logsigmoid(-each) if sides == 1 else each  # softplus, without its threshold
-    a = (w if sides else WEIGHT) / total
-    if k == 1 or row_labels is not None:  # a row without columns has no gradient
-        a.masked_fill_(total == 0, 0)
-    return each, w, m, a, out.div_(total.unsqueeze(1)) if emit else out, kept
+    if layout.pair:  # (3)
+        n = layout.n
+        each.view(-1, n).sub_(torch.linalg.vecdot(z[:n], z[n : 2 * n]) * (c * LN2))
+        q, each = torch.sigmoid(each), F.softplus(each, threshold=40)  # beyond it float64 rounds to x as well
+    a = ((q if layout.pair else 1) / total).masked_fill_(total == 0, 0)  # a row without columns has no gradient
+    return each, q, m, a, out.div_(total.unsqueeze(1)) if emit else out, kept
 
 
-def backward(
-    rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a, out, kept,
-    pairs, sides, w, unit, inverse, d, dtype,
-):  # fmt: skip
-    """As `logsumexp.backward`."""
-    root, c, shift = scaling(scale)
-    triangle = cols is None and not shift
+def backward(rows, cols, pairs, w, top, unit, layout, scale, out, kept, inverse, d, dtype):
+    """Return dL/dx (M, d) in `dtype`, and <z, dL/dz> (M,), for a loss whose (4) and (5) are times `unit`.
+
+    `out`, if it is given, takes the place of the sum over columns. `pairs`: unit rows (2n, d), whose halves are
+    partners. `w` (M,). `top`, the largest |w| of all processes, is what float16 needs.
+    """
+    (root, c, shift), mirror = scaling(scale), cols is rows
     if out is None:
-        dz, cols = torch.zeros_like(rows), rows if cols is None else cols
-        for i, j, s, held in _tiles(rows, cols.shape[0], triangle, kept[:0] if shift else kept):
-            zi, zj, tile = rows[i], cols[j], scratch(rows, "w")[: s.numel()].view(s.shape)
-            if not held:
-                _similarity(s, zi, zj, i, j, c, shift, offset, row_labels, col_labels)
+        dz = torch.zeros_like(rows.z)
+        for i, j, zj, e, tile in _tiles(rows, cols, layout, mirror, kept, True, c, shift):
             if shift:  # two maxima, so two exponentials
-                torch.sub(s, row_m[i, None], out=tile).exp2_().mul_(row_a[i, None])
-                tile.addcmul_(s.sub_(col_m[j]).exp2_(), col_a[j])
+                torch.sub(e, rows.m[i, None], out=tile).exp2_().mul_(rows.a[i, None])
+                tile.addcmul_(e.sub_(cols.m[j]).exp2_(), cols.a[j])
             else:
-                torch.add(row_a[i, None], col_a[j], out=tile).mul_(s if held else s.exp2_())
-            dz[i].addmm_(tile, zj)  # (3)
-            mirror = max(i.stop, j.start)
-            if triangle and mirror < j.stop:
-                dz[mirror : j.stop].addmm_(tile[:, mirror - j.start :].T, zi)
+                torch.add(rows.a[i, None], cols.a[j], out=tile).mul_(e)  # (4)
+            if rows.b is not None:  # (5)
+                same = rows.label[i, None] == cols.label[j]
+                for diagonal in diagonals(same, i, j, layout):
+                    diagonal.fill_(False)
+                tile.sub_((rows.b[i, None] + cols.b[j]).mul_(same))
+            dz[i].addmm_(tile, zj)
+            start = max(i.stop, j.start)
+            if mirror and start < j.stop:
+                dz[start : j.stop].addmm_(tile[:, start - j.start :].T, rows.z[i])
     else:
         dz = out * w.unsqueeze(1)
-    if sides:  # the other row of the pair, which meets it as anchor and, if both are anchors, as positive
-        other = pairs.view(2, -1, d).flip(0)[:sides].reshape(-1, d)
-        dz.addcmul_(other, w.unsqueeze(1), value=-sides)
-    along = torch.linalg.vecdot(rows, dz)
+    if layout.pair:
+        n = layout.n
+        both = w if len(w) == n else w + w.roll(n)  # the partner meets this row as its positive, if it is an anchor
+        dz.addcmul_(pairs[: 2 * n].roll(n, 0)[: len(dz)], both.unsqueeze(1), value=-1)
+    along = torch.linalg.vecdot(rows.z, dz)
     inside = (along / root**2).masked_fill_(inverse >= 1e12, 0)  # a row shorter than 1e-12 is divided by a constant
     factor = (unit if unit.is_cuda else unit.item()) * (c * LN2 * root)
-    dx = dz.addcmul_(rows, inside.unsqueeze(1), value=-1).mul_(factor).mul_(inverse.unsqueeze(1))  # (5)
+    dx = dz.addcmul_(rows.z, inside.unsqueeze(1), value=-1).mul_(factor).mul_(inverse.unsqueeze(1))  # (6)
     return dx.to(dtype), along.mul_(factor / root)

@@ -1,10 +1,14 @@
 """The log-sum-exp, and the losses made of it, in four Triton kernels; the equations are those of `logsumexp`.
 
-A program owns a block of rows and walks over the columns, so a tile of s lives in registers only; nothing of size
-M x K is stored, nothing is added atomically. When there are few rows, the columns are split over programs and the
-parts added in a fixed order; how many depends on the shape alone. Rows too wide for one tile are taken in CHUNKS of
-BD: s is their sum, and each chunk of an output has its own program.
+A program owns a block of rows and walks over their columns, so a tile of s lives in registers only: nothing of size
+M x K is stored, and nothing is added atomically. Where rows are few, the columns are split over programs, and the parts
+are added in a fixed order; their number depends on the shape alone. Rows too wide for one tile are taken in chunks of
+BD: s is the sum over the chunks, and each chunk of an output has a program of its own. Tensor cores truncate as they
+accumulate, so every tile starts a fresh accumulator, and float32 additions sum the tiles.
 """
+
+import itertools
+from collections import namedtuple
 
 import torch
 import triton
@@ -12,310 +16,318 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import blocked
+from .blocked import Rows
 
-LOG2E, LN2, WEIGHT = tl.constexpr(blocked.LOG2E), tl.constexpr(blocked.LN2), tl.constexpr(blocked.WEIGHT)
-SUM_TYPE = {torch.float16: tl.float32, torch.float64: tl.float64}
+LN2 = tl.constexpr(blocked.LN2)
+WEIGHT = tl.constexpr(8192)  # the largest weight of a row; an element of W is at most twice that, as float16 can be
 PROGRAMS = 264  # to make when the rows are few: two on each of the 132 processors of an H100
+# What a kernel is compiled for. A tile has BM rows and BN columns; a row has `chunks` of width BD, a number `parts`;
+# pointer: c is in memory; emit: with the total, sum E k too; both: all rows are anchors; the others as in `Layout`.
+How = namedtuple(
+    "How", "BM BN BD chunks parts descriptors pointer shift total emit meet pair both cross classes",
+    defaults=(0, 0, 0, 1, 1, *(False,) * 10),
+)  # fmt: skip
 
 
 @triton.jit
-def unit_rows_kernel(
-    X1, X2, X3, Z, Inverse, root, n, n2, d, row1, col1, row2, col2, row3, col3,
-    WIDTH: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    i, c = tl.program_id(0).to(tl.int64), tl.arange(0, BD).to(tl.int64)
-    if i < n:
-        x = tl.load(X1 + i * row1 + c * col1, mask=c < d, other=0.0).to(ACC)
-    elif i < n + n2:
-        x = tl.load(X2 + (i - n) * row2 + c * col2, mask=c < d, other=0.0).to(ACC)
-    else:
-        x = tl.load(X3 + (i - n - n2) * row3 + c * col3, mask=c < d, other=0.0).to(ACC)
-    largest = tl.maximum(tl.max(tl.abs(x), 0), 1e-12)
-    x = x / largest  # at most 1: the square of 2e19 overflows
-    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1.0)
-    tl.store(Inverse + i, inverse / largest)
-    z = x * (inverse * root)  # (5)
-    high, at = z.to(Z.dtype.element_ty), Z + i * (PARTS * WIDTH) + c
-    tl.store(at, high, mask=c < WIDTH)
-    if PARTS == 2:
-        tl.store(at + WIDTH, (z - high.to(ACC)).to(Z.dtype.element_ty), mask=c < WIDTH)
-
-
-@triton.jit
-def load_row(Z, i, d, WIDTH: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    at, inside = Z + i * (PARTS * WIDTH) + tl.arange(0, BD), tl.arange(0, BD) < d
+def load_rows(Z, i, M, width, how: tl.constexpr, ACC: tl.constexpr):
+    """Rows i of the unit rows Z, (len(i), BD)."""
+    col = tl.arange(0, how.BD)
+    at, inside = Z + i[:, None] * (how.parts * width) + col, (i < M)[:, None] & (col < width)
     z = tl.load(at, mask=inside, other=0.0).to(ACC)
-    return z + tl.load(at + WIDTH, mask=inside, other=0.0).to(ACC) if PARTS == 2 else z
+    return z + tl.load(at + width, mask=inside, other=0.0).to(ACC) if how.parts == 2 else z
 
 
 @triton.jit
-def load_tile(Z, i0, M, width, chunk, B: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """B rows from i0 and columns chunk BD, ... of Z, zero outside. Z: a tensor's descriptor (TMA) or a pointer."""
-    if TMA:
-        return Z.load([i0, chunk * BD])
+def unit_rows_kernel(X, strides, starts, Z, Inverse, root, d, width, how: tl.constexpr):
+    ACC: tl.constexpr = Inverse.dtype.element_ty
+    i, col = tl.program_id(0).to(tl.int64) * how.BM + tl.arange(0, how.BM), tl.arange(0, how.BD).to(tl.int64)
+    r, x, M = i[:, None], tl.zeros_like(i[:, None] * col).to(ACC), starts[3]
+    for k in tl.static_range(3):
+        if X[k] is not None:
+            at, inside = X[k] + (r - starts[k]) * strides[2 * k] + col * strides[2 * k + 1], col < d
+            x += tl.load(at, mask=(r >= starts[k]) & (r < starts[k + 1]) & inside, other=0.0).to(ACC)
+    largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
+    x = x / largest[:, None]  # at most 1: the square of 2e19 overflows
+    inverse = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1.0)
+    tl.store(Inverse + i, inverse / largest, mask=i < M)
+    z, at, inside = x * (inverse * root)[:, None], Z + r * (how.parts * width) + col, (r < M) & (col < width)  # (6)
+    high = z.to(Z.dtype.element_ty)
+    tl.store(at, high, mask=inside)
+    if how.parts == 2:
+        tl.store(at + width, (z - high.to(ACC)).to(high.dtype), mask=inside)
+
+
+@triton.jit
+def load_tile(Z, i0, M, d, chunk, B: tl.constexpr, how: tl.constexpr):
+    """B rows from i0 of a chunk of Z, a descriptor or a pointer, and of its low part if there is one; zero outside."""
+    BD: tl.constexpr = how.BD
+    if how.descriptors:
+        high = Z.load([i0, chunk * BD])
+        low = Z.load([i0, (chunk + how.chunks) * BD]) if how.parts == 2 else high
     else:
-        i, c = i0 + tl.arange(0, B), chunk * BD + tl.arange(0, BD)
-        inside = (i[:, None] < M) & (c[None, :] < width)
-        return tl.load(Z + i.to(tl.int64)[:, None] * width + c[None, :], mask=inside, other=0.0)
+        i, c, width = i0 + tl.arange(0, B)[:, None], chunk * BD + tl.arange(0, BD)[None, :], how.parts * d
+        at = Z + i.to(tl.int64) * width + c
+        high = tl.load(at, mask=(i < M) & (c < d), other=0.0)
+        low = tl.load(at + d, mask=(i < M) & (c < d), other=0.0) if how.parts == 2 else high
+    return high, low
 
 
 @triton.jit
-def product(x, x_low, y, y_low, sums, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """sums + x y; of two parts each, all but the product of the low ones, which a float32 would round away."""
-    sums = tl.dot(x, y, sums, out_dtype=ACC)
-    if PARTS == 2:
+def product(x, x_low, y, y_low, how: tl.constexpr, ACC: tl.constexpr):
+    """x y; of two parts each, all but the product of the low ones, which a float32 would round away."""
+    sums = tl.dot(x, y, out_dtype=ACC)
+    if how.parts == 2:
         sums = tl.dot(x, y_low, tl.dot(x_low, y, sums, out_dtype=ACC), out_dtype=ACC)
     return sums
 
 
 @triton.jit
-def similarity(
-    z, z_low, k, k_low, Z, Y, RowLabel, ColLabel, i0, j0, M, K, width, offset,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNKS: tl.constexpr, LOW: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, LABELS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The product of equation 1 for one tile; -inf where the sum leaves a column out."""
-    i, j, s = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN), tl.zeros((BM, BN), ACC)
-    if CHUNKS == 1:
-        s = product(z, z_low, tl.trans(k), tl.trans(k_low), s, PARTS, ACC)
-    else:
-        for c in range(CHUNKS):
-            zc, zl = load_tile(Z, i0, M, width, c, BM, BD, TMA), load_tile(Z, i0, M, width, c + LOW, BM, BD, TMA)
-            kc, kl = load_tile(Y, j0, K, width, c, BN, BD, TMA), load_tile(Y, j0, K, width, c + LOW, BN, BD, TMA)
-            s = product(zc, zl, tl.trans(kc), tl.trans(kl), s, PARTS, ACC)
-    own = i0 + offset  # where the first row meets itself
-    if (i0 + BM > M) | (j0 + BN > K) | ((offset >= 0) & (j0 < own + BM) & (own < j0 + BN)):
-        inside = (i[:, None] < M) & (j[None, :] < K)
-        s = tl.where(inside & ((offset < 0) | (i[:, None] + offset != j[None, :])), s, float("-inf"))
-    if LABELS:
-        row_label = tl.load(RowLabel + i, mask=i < M, other=0)
-        col_label = tl.load(ColLabel + j, mask=j < K, other=0)
-        s = tl.where(row_label[:, None] == col_label[None, :], s, float("-inf"))
-    return s
+def walk_kernel(Z, Y, row, col, Top, C, Max, Total, Sums, M, K, d, n, whole, first, per_split, how: tl.constexpr):
+    """Equation 2, or the sum of 4 less that of 5 if there is a b, over a split's columns; row, col: `Rows` less z."""
+    RowLabel, RowM, RowA, RowB = row
+    ColLabel, ColM, ColA, ColB = col
+    BM: tl.constexpr = how.BM
+    BN: tl.constexpr = how.BN
+    BD: tl.constexpr = how.BD
+    ACC: tl.constexpr = Sums.dtype.element_ty
+    block, split, chunk, blocks = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.cdiv(n, BM)
+    part = (block >= blocks).to(tl.int32)  # no block holds rows of both parts
+    i0 = block * BM - part * (blocks * BM - n)
+    own, partner = i0 - part * n + first + part * whole, i0 - part * n + first + (1 - part) * whole
+    low, high = 0, K
+    if how.cross:
+        low, high = (1 - part) * whole, K - part * (K - whole)
+    low += split * per_split
+    high = tl.minimum(high, low + per_split)
 
-
-@triton.jit
-def walk_kernel(
-    Z, Y, C, RowLabel, ColLabel, RowM, RowA, ColM, ColA, Max, Total, Sums, M, K, d, offset, columns_per_split,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, POINTER: tl.constexpr, LABELS: tl.constexpr, SHIFT: tl.constexpr,
-    TOTAL: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Equation 2 (TOTAL), 3 (PRODUCT), or 2 and 4 (both) over the columns of a split."""
-    i0, split, chunk, width = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2), PARTS * d
-    LOW: tl.constexpr = CHUNKS * (PARTS - 1)  # from a chunk to its low part
-    i = i0 + tl.arange(0, BM)
-    c = tl.load(C).to(ACC) if POINTER else C  # a temperature on the GPU
-    z, z_low = load_tile(Z, i0, M, width, 0, BM, BD, TMA), load_tile(Z, i0, M, width, LOW, BM, BD, TMA)
+    i, r = i0 + tl.arange(0, BM), tl.arange(0, BM)[:, None]
+    c = tl.load(C).to(ACC) if how.pointer else C
+    z, z_low = load_tile(Z, i0, M, d, 0, BM, how)
     total, m, sums = tl.zeros((BM,), ACC), tl.zeros((BM,), ACC), tl.zeros((BM, BD), ACC)
-    if TOTAL:
-        m -= 3e38 if SHIFT else 0.0  # below every s, and finite
+    if RowLabel is not None:
+        row_label = tl.load(RowLabel + i, mask=i < M, other=-1)[:, None]
+    if how.total:
+        m -= 3e38 if how.shift else 0.0  # below every s, and finite
     else:
-        a = tl.load(RowA + i, mask=i < M, other=0.0)
-        m = tl.load(RowM + i, mask=i < M, other=float("inf")) if SHIFT else m
-    low = split * columns_per_split
-    for j0 in tl.range(low, tl.minimum(low + columns_per_split, K), BN, warp_specialize=SPECIALIZE):
+        gain = WEIGHT / tl.maximum(tl.load(Top).to(ACC), 1e-30)  # so that W fills the range of float16
+        row_a = tl.load(RowA + i, mask=i < M, other=0.0) * gain
+        m = tl.load(RowM + i, mask=i < M, other=float("inf")) if how.shift else m
+        if RowB is not None:
+            row_b = tl.load(RowB + i, mask=i < M, other=0.0) * gain
+    for j0 in range(low, high, BN):
         j = j0 + tl.arange(0, BN)
-        k = load_tile(Y, j0, K, width, chunk, BN, BD, TMA)
-        k_low = load_tile(Y, j0, K, width, chunk + LOW, BN, BD, TMA)
-        s = similarity(
-            z, z_low, k, k_low, Z, Y, RowLabel, ColLabel, i0, j0, M, K, width, offset,
-            BM, BN, BD, CHUNKS, LOW, PARTS, TMA, LABELS, ACC,
-        )  # fmt: skip
-        if TOTAL:
-            if SHIFT:
+        k, k_low = load_tile(Y, j0, K, d, chunk, BN, how)
+        if how.chunks == 1:
+            s = product(z, z_low, tl.trans(k), tl.trans(k_low), how, ACC)
+        else:
+            s = tl.zeros((BM, BN), ACC)
+            for each in range(how.chunks):
+                zc, zc_low = load_tile(Z, i0, M, d, each, BM, how)
+                kc, kc_low = load_tile(Y, j0, K, d, each, BN, how)
+                s += product(zc, zc_low, tl.trans(kc), tl.trans(kc_low), how, ACC)  # (1)
+        at_own, at_partner = (j0 < own + BM) & (own < j0 + BN), (j0 < partner + BM) & (partner < j0 + BN)
+        if (j0 + BN > high) | (how.meet & at_own) | (how.meet & how.pair & at_partner):
+            inside = (j < high)[None, :] & (r < BM)  # a mask in every tile would cost as much as its exponentials
+            if how.meet:
+                inside &= j[None, :] - own != r
+                if how.pair:
+                    inside &= j[None, :] - partner != r
+            s = tl.where(inside, s, float("-inf"))
+        if RowLabel is not None:
+            same = row_label == tl.load(ColLabel + j, mask=j < K, other=-1)[None, :]
+            if how.classes != 0:
+                s = tl.where(same if how.classes > 0 else ~same, s, float("-inf"))
+        if how.total:
+            if how.shift:
                 m_new = tl.maximum(m, tl.max(s, 1) * c)
                 shrink = tl.exp2(m - m_new)
                 total, m, sums = total * shrink, m_new, sums * shrink[:, None]
-            w = tl.exp2(s * c - m[:, None]) if SHIFT else tl.exp2(s)
+            w = tl.exp2(s * c - m[:, None]) if how.shift else tl.exp2(s)
             total += tl.sum(w, 1)  # (2)
         else:
-            b = tl.load(ColA + j, mask=j < K, other=0.0)
-            if SHIFT:  # two maxima, so two exponentials
+            col_a = tl.load(ColA + j, mask=j < K, other=0.0) * gain
+            if how.shift:  # two maxima, so two exponentials
                 col_m = tl.load(ColM + j, mask=j < K, other=float("inf"))
-                w = tl.exp2(s * c - m[:, None]) * a[:, None] + tl.exp2(s * c - col_m[None, :]) * b[None, :]
+                w = tl.exp2(s * c - m[:, None]) * row_a[:, None] + tl.exp2(s * c - col_m[None, :]) * col_a[None, :]
             else:
-                w = tl.exp2(s) * (a[:, None] + b[None, :])
-        if PRODUCT:
-            high = w.to(k.dtype)
-            sums = product(high, (w - high.to(ACC)).to(k.dtype), k, k_low, sums, PARTS, ACC)  # (3), (4)
-    row, col = split.to(tl.int64) * M + i, chunk * BD + tl.arange(0, BD)
-    if TOTAL and chunk == 0:
-        tl.store(Max + row, m, mask=i < M)
-        tl.store(Total + row, total, mask=i < M)
-    if PRODUCT:
-        tl.store(Sums + row[:, None] * d + col[None, :], sums, mask=(i[:, None] < M) & (col[None, :] < d))
+                w = tl.exp2(s) * (row_a[:, None] + col_a[None, :])  # (4)
+            if RowB is not None:  # (5)
+                b = row_b[:, None] + (tl.load(ColB + j, mask=j < K, other=0.0) * gain)[None, :]
+                w -= tl.where(same & (j[None, :] - own != r), b, 0.0)
+        if how.emit or not how.total:
+            w_high = w.to(k.dtype)
+            sums += product(w_high, (w - w_high.to(ACC)).to(k.dtype), k, k_low, how, ACC)
+
+    at, c, there = split.to(tl.int64) * M + i, chunk * BD + tl.arange(0, BD)[None, :], i < (n if i0 < n else M)
+    if how.total and chunk == 0:
+        tl.store(Max + at, m, mask=there)
+        tl.store(Total + at, total, mask=there)
+    if how.emit or not how.total:
+        tl.store(Sums + at[:, None] * d + c, sums, mask=there[:, None] & (c < d))
 
 
 @triton.jit
-def finish_kernel(
-    Max, Total, Sums, Pairs, C, Each, W, M_, A, Out, M, n, d, splits,
-    WIDTH: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, POINTER: tl.constexpr, SIDES: tl.constexpr,
-    EMIT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Add the splits' parts; what `logsumexp.forward` returns."""
-    i, col = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    m, total, out = tl.load(Max + i), tl.full((), 0.0, ACC), tl.zeros((BD,), ACC)
-    for part in tl.range(1, splits, loop_unroll_factor=8):
-        m = tl.maximum(m, tl.load(Max + part * M + i))
-    for part in tl.range(0, splits, loop_unroll_factor=8):
-        shrink = tl.exp2(tl.load(Max + part * M + i) - m)
-        total += tl.load(Total + part * M + i) * shrink
-        if EMIT:
-            out += tl.load(Sums + (part * M + i) * WIDTH + col, mask=col < d, other=0.0) * shrink
-    each, w = m * LN2 + tl.log(total), tl.full((), WEIGHT, ACC)
-    if SIDES > 0:
-        v = load_row(Pairs, (i + n) % (2 * n), d, WIDTH, BD, PARTS, ACC)
-        cosine = tl.sum(load_row(Pairs, i, d, WIDTH, BD, PARTS, ACC) * v, 0)
-        each -= cosine * ((tl.load(C).to(ACC) if POINTER else C) * LN2)
-        if SIDES == 1:  # softplus, and its derivative
-            y = tl.exp(-tl.abs(each))
-            u = 1 + y
-            w *= tl.where(each > 0, 1.0, y) / u
-            log_u = tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))  # as if u were not rounded
-            each = tl.maximum(each, 0.0) + log_u
-        tl.store(W + i, w)
-    tl.store(Each + i, each)
-    tl.store(M_ + i, m)
-    tl.store(A + i, tl.where(total > 0, w / total, 0.0))  # without columns, no gradient
-    if EMIT:
-        tl.store(Out + i * WIDTH + col, out / total, mask=col < WIDTH)
+def finish_kernel(Max, Total, Sums, Pairs, C, Loss, Q, M_, A, Out, M, n, width, splits, how: tl.constexpr):
+    """Add the splits' parts; what `forward` returns."""
+    ACC: tl.constexpr = A.dtype.element_ty
+    i, col = tl.program_id(0).to(tl.int64) * how.BM + tl.arange(0, how.BM), tl.arange(0, how.BD)[None, :]
+    there, inside, partner = i < M, (i < M)[:, None] & (col < width), tl.where(i < n, i + n, i - n)
+    total, out = tl.zeros_like(i).to(ACC), tl.zeros_like(i[:, None] * col).to(ACC)
+    m = tl.load(Max + i, mask=there, other=0.0)
+    for part in range(1, splits):
+        m = tl.maximum(m, tl.load(Max + part * M + i, mask=there, other=0.0))
+    for part in range(splits):
+        shrink = tl.exp2(tl.load(Max + part * M + i, mask=there, other=0.0) - m)
+        total += tl.load(Total + part * M + i, mask=there, other=1.0) * shrink
+        if how.emit:
+            out += tl.load(Sums + (part * M + i)[:, None] * width + col, mask=inside, other=0.0) * shrink[:, None]
+    loss, q = m * LN2 + tl.log(total), total * 0 + 1
+    if how.pair:  # (3): softplus, and its derivative
+        cosine = load_rows(Pairs, i, M, width, how, ACC) * load_rows(Pairs, partner, 2 * n, width, how, ACC)
+        loss -= tl.sum(cosine, 1) * ((tl.load(C).to(ACC) if how.pointer else C) * LN2)
+        y = tl.exp(-tl.abs(loss))
+        u = 1 + y
+        q = tl.where(loss > 0, 1.0, y) / u
+        log_u = tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))  # as if u were not rounded
+        loss = tl.maximum(loss, 0.0) + log_u
+        tl.store(Q + i, q, mask=there)
+    tl.store(Loss + i, loss, mask=there)
+    tl.store(M_ + i, m, mask=there)
+    tl.store(A + i, tl.where(total == 0, 0.0, q / total), mask=there)  # without columns, no gradient
+    if how.emit:
+        tl.store(Out + i[:, None] * width + col, out / total[:, None], mask=inside)
 
 
 @triton.jit
 def input_gradient_kernel(
-    Sums, Z, Pairs, Inverse, W, Unit, C, DX, Along, root, M, n, d, splits,
-    WIDTH: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, POINTER: tl.constexpr, SIDES: tl.constexpr,
-    EMIT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Add the splits' parts, and the other row of the pair; what `logsumexp.backward` returns."""
-    i, col, dz = tl.program_id(0).to(tl.int64), tl.arange(0, BD), tl.zeros((BD,), ACC)
+    Sums, Z, Pairs, Inverse, W, Top, Unit, C, DX, Along, root, M, n, d, width, splits, how: tl.constexpr
+):
+    """Add the splits' parts, and the partner; what `backward` returns."""
+    ACC: tl.constexpr = Sums.dtype.element_ty
+    i, col = tl.program_id(0).to(tl.int64) * how.BM + tl.arange(0, how.BM), tl.arange(0, how.BD)[None, :]
+    there, inside, partner = i < M, (i < M)[:, None] & (col < width), tl.where(i < n, i + n, i - n)
+    dz = tl.zeros_like(i[:, None] * col).to(ACC)
     for part in range(splits):
-        dz += tl.load(Sums + (part * M + i) * WIDTH + col, mask=col < d, other=0.0)
-    if EMIT:
-        dz *= tl.load(W + i)
-    if SIDES > 0:  # the other row meets this one as anchor and, if both are anchors, as positive
-        dz -= load_row(Pairs, (i + n) % (2 * n), d, WIDTH, BD, PARTS, ACC) * (tl.load(W + i) * SIDES)
-    dz *= tl.load(Unit) * ((tl.load(C).to(ACC) if POINTER else C) * LN2 * root)
-    z, inverse = load_row(Z, i, d, WIDTH, BD, PARTS, ACC) / root, tl.load(Inverse + i)
-    along = tl.sum(z * dz, 0)
-    tl.store(Along + i, along)
-    dx = (dz - z * tl.where(inverse < 0.9999e12, along, 0.0)) * inverse  # shorter than 1e-12: divided by a constant
-    tl.store(DX + i * d + col, dx.to(DX.dtype.element_ty), mask=col < d)  # (5)
+        dz += tl.load(Sums + (part * M + i)[:, None] * width + col, mask=inside, other=0.0)
+    top, w = tl.load(Top).to(ACC), tl.load(W + i, mask=there, other=0.0)
+    gain = WEIGHT / tl.maximum(top, 1e-30)
+    if how.emit:
+        dz *= (w * gain)[:, None]
+    if how.pair:
+        if how.both:  # the partner is an anchor too, and meets this row as its positive
+            w += tl.load(W + partner, mask=there, other=0.0)
+        dz -= load_rows(Pairs, partner, 2 * n, width, how, ACC) * (w * gain)[:, None]
+    dz *= tl.load(Unit) * top / WEIGHT * ((tl.load(C).to(ACC) if how.pointer else C) * LN2 * root)
+    z, inverse = load_rows(Z, i, M, width, how, ACC) / root, tl.load(Inverse + i, mask=there, other=0.0)
+    along = tl.sum(z * dz, 1)
+    tl.store(Along + i, along, mask=there)
+    dx = dz - z * tl.where(inverse < 0.9999e12, along, 0.0)[:, None]  # shorter than 1e-12: divided by a constant
+    tl.store(DX + i[:, None] * d + col, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside & (col < d))  # (6)
 
 
 def target_of(device):
-    """Name the table of a device: "sm_80", "sm_90", "sm_100", or "small"; the interpreter runs that of sm_90."""
-    if device.type != "cuda":
-        return "sm_90"
-    name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return "small" if torch.version.hip or name not in ("sm_80", "sm_90", "sm_100") else name
+    """Name the table of a device: "sm_80", "sm_90" or "small"; the interpreter runs that of sm_90."""
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
+    return name if name in ("sm_80", "sm_90") and not torch.version.hip else "small"
+
+
+def power_of_two(x):
+    return max(16, 1 << (x - 1).bit_length())  # the smallest that is no less than x, nor than 16
 
 
 def stored(m, d, dtype):
-    """Return shape and dtype of M unit rows: (M, a width that 16 divides), or (M, 2, a width that all tiles divide).
+    """Return shape and dtype of M unit rows: (M, width), one float16 a number (float64 in the interpreter).
 
-    The latter for float32 at torch.get_float32_matmul_precision() "highest": two float16 parts, high + low, whose
-    products err as those of float32. Else one float16, which has the mantissa of tf32; float64 in the interpreter.
-    """
+    For float32 at torch.get_float32_matmul_precision() "highest" it is (M, 2, width): two float16, high + low, whose
+    products err as those of float32. One float16 has the mantissa of tf32, as the other settings allow."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return (m, 2, max(16, triton.next_power_of_2(d)) if d <= 512 else triton.cdiv(d, 512) * 512), torch.float16
-    return (m, triton.cdiv(d, 16) * 16), dtype if dtype == torch.float64 else torch.float16
+        return (m, 2, power_of_two(d) if d <= 512 else -(-d // 512) * 512), torch.float16
+    return (m, -(-d // 16) * 16), dtype if dtype == torch.float64 else torch.float16
 
 
-def configuration(total, product, d, parts, target):
+def configuration(product, classes, d, parts, target):
     """Return BM, BN, BD, warps and stages: what registers and shared memory of the target hold without a spill."""
-    bd, blackwell, most = max(16, triton.next_power_of_2(d)), target == "sm_100", 64 if target == "small" else 128
+    bd = power_of_two(d)
     if parts == 2:
-        if d > most and target in ("sm_80", "small"):
-            return 64, 32, 64, 4, 2
-        return 64, 64, min(bd, 128), *((4, 2) if not blackwell else (4, 1) if d <= 128 else (8, 2))
-    bd = min(bd, {"small": 128, "sm_100": 256}.get(target, 512))
-    if bd <= 128 and blackwell:
-        return 64, 64, bd, 8 if total and product else 4, 2
+        return (64, 64, min(bd, 128), 4, 2) if target == "sm_90" else (64, 32, min(bd, 64), 8 if bd > 64 else 4, 2)
+    bd = min(bd, 128 if target == "small" else 512)
     if bd <= 128 and target == "sm_90":
-        return (64, 128, bd, 4, 2) if product else (128, 128, bd, 8, 2)
-    wide = {512: (64, 32, 2), 256: (128 if d <= 256 else 64, 32 if blackwell else 64, 2)}
-    bm, bn, stages = wide.get(bd, (64, 32, 2) if target == "small" else (128, 64, 3))
-    return bm, bn, bd, 8, stages
+        return (64, 64 if classes else 128, bd, 4, 2) if product else (128, 128, bd, 8, 2)
+    wide = {512: (64, 32, bd, 8, 2), 256: (128 if target == "sm_90" and d <= 256 and not classes else 64, 64, bd, 8, 2)}
+    return wide.get(bd, (64, 32, bd, 8, 2) if target == "small" else (128, 64, bd, 8, 3))
 
 
-def features(bd, parts, shift, target):
-    """Return whether descriptors load the tiles, and whether some warps only load and multiply: without a spill."""
-    return target in ("sm_90", "sm_100") and bd <= 256, target == "sm_100" and parts == 1 and bd <= 128 and not shift
-
-
-def _scaling(scale, dtype):
+def _scaling(z, scale):
     """As `blocked.scaling`; c is a tensor, read by way of a pointer, for a scale on the GPU, and in float64."""
     root, c, shift = blocked.scaling(scale)
-    return root, torch.tensor(c, dtype=dtype) if dtype == torch.float64 else c, shift
+    return root, torch.tensor(c, dtype=z.dtype) if z.dtype == torch.float64 else c, shift
 
 
-def _walk(rows, cols, c, offset, row_labels, col_labels, *of_rows_and_columns, shift, total, product):
+def _walk(rows, cols, top, c, layout, shift, total, emit):
     """Launch the kernel; return the splits' maxima, totals and sums (splits, M, d)."""
-    (m, *_, d), parts, cols = rows.shape, rows.ndim - 1, rows if cols is None else cols
-    acc, target = torch.promote_types(rows.dtype, torch.float32), target_of(rows.device)
-    bm, bn, bd, warps, stages = configuration(total, product, d, parts, target)
-    blocks, tiles = triton.cdiv(m, bm), triton.cdiv(len(cols), bn)
-    per_split = triton.cdiv(tiles, max(1, min(PROGRAMS // blocks, tiles // 4)))  # at least four tiles for a program
-    chunks, splits = triton.cdiv(d, bd), triton.cdiv(tiles, per_split)
-    tma, specialize = features(bd, parts, shift, target)
-    z, y = rows.flatten(1), cols.flatten(1)
-    if tma:
-        z, y = TensorDescriptor.from_tensor(z, [bm, bd]), TensorDescriptor.from_tensor(y, [bn, bd])
-    new = lambda *shape: torch.empty(splits, *shape, dtype=acc, device=rows.device)  # noqa: E731
-    maxima, totals, sums = new(m * total), new(m * total), new(m * product, d)
-    walk_kernel[blocks, splits, chunks if product else 1](
-        z, y, c, row_labels, col_labels, *of_rows_and_columns, maxima, totals, sums, m, len(cols), d, offset,
-        per_split * bn, BM=bm, BN=bn, BD=bd, CHUNKS=chunks, PARTS=parts, TMA=tma, ACC=SUM_TYPE[rows.dtype],
-        SPECIALIZE=specialize, POINTER=isinstance(c, torch.Tensor),
-        LABELS=row_labels is not None, SHIFT=shift, TOTAL=total, PRODUCT=product, num_warps=warps, num_stages=stages,
+    (m, *_, d), k, parts, n = rows.z.shape, len(cols.z), rows.z.ndim - 1, min(layout.n, len(rows.z))
+    target, product = target_of(rows.z.device), emit or not total
+    bm, bn, bd, warps, stages = configuration(product, rows.label is not None, d, parts, target)
+    blocks, met = -(-n // bm) + -(-(m - n) // bm), max(layout.whole, k - layout.whole) if layout.cross else k
+    tiles, chunks = -(-met // bn), -(-d // bd)
+    per_split = -(-tiles // max(1, min(PROGRAMS // blocks, tiles // 4)))  # at least four tiles for a program
+    splits = -(-tiles // per_split)
+    how = How(
+        bm, bn, bd, chunks, parts, target == "sm_90" and bd <= 256, isinstance(c, torch.Tensor), shift, total, emit,
+        layout.first >= 0, layout.pair, False, layout.cross, layout.classes,
     )  # fmt: skip
-    return maxima, totals, sums
+    z, y = rows.z.flatten(1), cols.z.flatten(1)
+    if how.descriptors:
+        z, y = TensorDescriptor.from_tensor(z, [bm, bd]), TensorDescriptor.from_tensor(y, [bn, bd])
+    acc, shapes = torch.promote_types(rows.z.dtype, torch.float32), ((m * total,), (m * total,), (m * product, d))
+    found = [rows.z.new_empty(splits, *shape, dtype=acc) for shape in shapes]
+    walk_kernel[blocks, splits, chunks if product else 1](
+        z, y, rows[1:], cols[1:], top, c, *found, m, k, d, n, layout.whole, layout.first, per_split * bn, how,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return found
+
+
+def _rows(z, c=None, **how):
+    """What a kernel of whole rows is compiled for, and its grid."""
+    bd, bm = power_of_two(z.shape[-1]), max(1, 2048 // power_of_two(z.shape[-1]))
+    return How(bm, BD=bd, parts=z.ndim - 1, pointer=isinstance(c, torch.Tensor), **how), (-(-len(z) // bm),)
 
 
 def unit_rows(x1, x2, x3, scale, dtype):
-    """As `logsumexp.unit_rows`."""
-    given, acc = [x1 if x is None else x for x in (x1, x2, x3)], torch.promote_types(torch.float32, dtype)
-    lengths, d = [0 if x is None else len(x) for x in (x1, x2, x3)], x1.shape[1]
-    shape, dtype = stored(sum(lengths), d, dtype)
-    z, inverse = torch.empty(shape, dtype=dtype, device=x1.device), x1.new_empty(shape[0], dtype=acc)
-    unit_rows_kernel[shape[:1]](
-        *given, z, inverse, blocked.scaling(scale)[0], *lengths[:2], d, *(s for x in given for s in x.stride()),
-        WIDTH=shape[-1], BD=triton.next_power_of_2(shape[-1]), PARTS=z.ndim - 1, ACC=SUM_TYPE[dtype],
-    )  # fmt: skip
+    """As `blocked.unit_rows`."""
+    xs, d = (x1, x2, x3), x1.shape[1]
+    starts = tuple(itertools.accumulate((0 if x is None else len(x) for x in xs), initial=0))
+    strides = tuple(s for x in xs for s in (x1 if x is None else x).stride())
+    shape, to = stored(starts[3], d, dtype)
+    z, inverse = x1.new_empty(shape, dtype=to), x1.new_empty(shape[0], dtype=torch.promote_types(torch.float32, dtype))
+    (how, grid), root = _rows(z), blocked.scaling(scale)[0]
+    unit_rows_kernel[grid](xs, strides, starts, z, inverse, root, d, shape[-1], how)
     return z, inverse
 
 
-def forward(rows, cols, pairs, sides, scale, offset, row_labels, col_labels, emit, room):
-    """As `logsumexp.forward`; no E is kept."""
-    m, *_, d = rows.shape
-    _, c, shift = _scaling(scale, rows.dtype)
-    shape, none, shift = (offset, row_labels, col_labels), (None,) * 4, shift or emit  # float16 holds E up to 1 only
-    maxima, totals, sums = _walk(rows, cols, c, *shape, *none, shift=shift, total=True, product=emit)
-    each, w, top, a, out = (totals.new_empty(n) for n in (m, m * (sides > 0), m, m, (m * emit, d)))
-    finish_kernel[(m,)](
-        maxima, totals, sums, pairs, c, each, w, top, a, out, m, len(pairs) // 2, d, len(totals), WIDTH=d,
-        BD=triton.next_power_of_2(d), PARTS=rows.ndim - 1, POINTER=isinstance(c, torch.Tensor), SIDES=sides,
-        EMIT=emit, ACC=SUM_TYPE[rows.dtype],
-    )  # fmt: skip
-    return each, w, top, a, out, a.new_empty(0)
+def forward(z, label, col_label, cols, anchors, layout, scale, emit, keep):
+    """As `blocked.forward`; no E is kept."""
+    (_, c, shift), width = _scaling(z, scale), z.shape[-1]
+    rows, cols = Rows(z[:anchors], label), Rows(z if cols is None else cols, col_label)
+    top, total, sums = _walk(rows, cols, None, c, layout, shift or emit, True, emit)  # in float16 E is at most 1
+    shapes = (anchors,), (anchors * layout.pair,), (anchors,), (anchors,), (anchors * emit, width)
+    found = [top.new_empty(shape) for shape in shapes]
+    how, grid = _rows(rows.z, c, pair=layout.pair, emit=emit)
+    finish_kernel[grid](top, total, sums, z, c, *found, anchors, layout.n, width, len(top), how)
+    return *found, top.new_empty(0)
 
 
-def backward(
-    rows, cols, scale, offset, row_labels, col_labels, row_m, row_a, col_m, col_a, out, kept,
-    pairs, sides, w, unit, inverse, d, dtype,
-):  # fmt: skip
-    """As `logsumexp.backward`."""
-    (m, *_, width), emit = rows.shape, out is not None
-    root, c, shift = _scaling(scale, rows.dtype)
+def backward(rows, cols, pairs, w, top, unit, layout, scale, out, kept, inverse, d, dtype):
+    """As `blocked.backward`."""
+    (root, c, shift), emit = _scaling(rows.z, scale), out is not None
     if not emit:
-        given = rows, cols, c, offset, row_labels, col_labels, row_m, row_a, col_m, col_a
-        out = _walk(*given, shift=shift, total=False, product=True)[2]
-    dx, along = torch.empty(m, d, dtype=dtype, device=rows.device), torch.empty_like(inverse)
-    input_gradient_kernel[(m,)](
-        out, rows, pairs, inverse, w, unit, c, dx, along, root, m, len(pairs) // 2, d, 1 if emit else len(out),
-        WIDTH=width, BD=triton.next_power_of_2(d), PARTS=rows.ndim - 1, POINTER=isinstance(c, torch.Tensor),
-        SIDES=sides, EMIT=emit, ACC=SUM_TYPE[rows.dtype],
-    )  # fmt: skip
+        out = _walk(rows, cols, top, c, layout, shift, False, False)[2]
+    (m, *_, width), splits = rows.z.shape, 1 if emit else len(out)
+    dx, along = rows.z.new_empty(m, d, dtype=dtype), torch.empty_like(inverse)
+    how, grid = _rows(rows.z, c, pair=layout.pair, both=len(w) > layout.n, emit=emit)
+    input_gradient_kernel[grid](
+        out, rows.z, pairs, inverse, w, top, unit, c, dx, along, root, m, layout.n, d, width, splits, how
+    )
     return dx, along

@@ -84,7 +84,6 @@ moco      --queue-size 201                                    --queue-size 201: 
 moco      --bn-splits 40                                      --batch-size 64 --bn-splits 40: give
 moco      --mechanism memory-bank --symmetric                 --symmetric: a bank has one vector for an image
 moco      --mechanism memory-bank --batch-size 200            --batch-size 200: give less than 200
-moco      --mechanism end-to-end --loss-backend blocked       --loss-backend blocked: end-to-end has none; leave
 moco      --mechanism list                                    argument --mechanism: invalid choice: 'list'
 pairwise  --loss best                                         argument --loss: invalid choice: 'best'
 pairwise  --negatives hard                                    argument --negatives: invalid choice: 'hard'

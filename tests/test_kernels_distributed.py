@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kernels import cosine_logsumexp, nt_xent, sup_con
+from kernels import cosine_logsumexp, info_nce, nt_xent, sup_con
 
 N, D = 24, 20  # pairs in all, width
 
@@ -28,6 +28,8 @@ def cases(group, t, backend):
         "sup_con in": lambda a, b, y: sup_con(
             torch.cat([a, b]), y.repeat(2), t, loss="in", group=group, backend=backend
         ),
+        "towers": lambda a, b, y: info_nce(a, b, temperature=t, group=group, backend=backend),
+        "symmetric towers": lambda a, b, y: info_nce(a, b, temperature=t, symmetric=True, group=group, backend=backend),
         "rectangular": lambda a, b, y: cosine_logsumexp(a, b, temperature=t, group=group, backend=backend).mean(),
     }
 
@@ -91,8 +93,12 @@ def test_processes_equal_one_process(processes, backend, tmp_path, monkeypatch):
 
 def one_process(name, a, b, labels, t, anchors):
     """The mean over the given anchors' views, by plain autograd over the whole matrix."""
+    s = torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T / t
     if name == "rectangular":
-        return cosine_logsumexp(a[anchors], b, temperature=t, backend="naive").mean()
+        return s[anchors].logsumexp(1).mean()
+    if name.endswith("towers"):
+        other, target = s.T if name.startswith("symmetric") else s, torch.arange(len(a))[anchors]
+        return sum(torch.nn.functional.cross_entropy(x[anchors], target) for x in (s, other)) / 2
     z, y = torch.nn.functional.normalize(torch.cat([a, b]), dim=1), labels.repeat(2)
     s = (z @ z.T / t).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
     if name == "nt_xent":

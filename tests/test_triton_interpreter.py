@@ -17,10 +17,12 @@ from tests.test_kernels import (
     NAMES,
     assert_close,
     check_rows_of_any_length,
+    check_rows_of_training,
     check_what_is_not_finite,
     error,
     gradients,
     losses,
+    naive_logsumexp,
     naive_nt_xent,
     naive_sup_con,
 )
@@ -67,7 +69,7 @@ def test_labels_need_not_be_contiguous():
     torch.manual_seed(0)
     z, pairs = torch.randn(33, 20), torch.randint(4, (33, 2))
     ours = [sup_con(z, labels, 0.2, loss="in", backend="triton") for labels in (pairs[:, 0], pairs[:, 0].contiguous())]
-    assert torch.equal(*ours) and torch.allclose(ours[0], sup_con(z, pairs[:, 0], 0.2, loss="in", backend="naive"))
+    assert torch.equal(*ours) and torch.allclose(ours[0], naive_sup_con(z, pairs[:, 0], 0.2, "in"))
 
 
 @interpreted
@@ -103,7 +105,7 @@ def test_rectangular_shapes_and_split_columns(m, k):
     for kept in (lambda x: x, lambda x: x.detach())[: 2 - (k > 1000)]:  # with and without a gradient to the keys
         assert_close(
             lambda q, keys, f=kept: cosine_logsumexp(q, f(keys), temperature=0.1, backend="triton"),
-            lambda q, keys, f=kept: cosine_logsumexp(q, f(keys), temperature=0.1, backend="naive"),
+            lambda q, keys, f=kept: naive_logsumexp(q, f(keys), 0.1),
             [q, keys],
             temperature=0.1,
             weight=weight,
@@ -123,40 +125,31 @@ def test_gradcheck(name):
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["random", "identical", "clustered", "zero row"])
-@pytest.mark.parametrize("t", [0.05, pytest.param(0.5, marks=pytest.mark.slowest)])
-def test_float16_errs_at_most_twice_what_the_naive_loss_errs(kind, t):
-    torch.manual_seed(0)
-    z1, z2 = torch.randn(2, 70, 64).half().float()
-    if kind == "identical":
-        z2 = z1
-    elif kind == "clustered":
-        z1, z2 = (z1[:3].repeat(24, 1)[:70] + 0.05 * z.half() for z in (z1, z2))
-        z1, z2 = z1.half().float(), z2.half().float()
-    elif kind == "zero row":
-        z1[0] = 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "kind, t", [("cosine 0.9", 0.05), ("cosine 0.99", 0.1), ("clustered", 0.1), ("collapsed", 0.5)]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_training(name, kind, t, dtype):
+    check_rows_of_training(name, kind, t, "triton", dtype)
 
-    def autocast(a, b):  # what float16 autocast does to the naive loss: products in float16, softmax in float32
-        z = torch.nn.functional.normalize(torch.cat([a, b]).float(), dim=1).half()
-        s = ((z @ z.T) / t).float().masked_fill(torch.eye(140, dtype=torch.bool), -torch.inf)
-        return torch.nn.functional.cross_entropy(s, (torch.arange(140) + 70) % 140)
 
-    exact = gradients(lambda a, b: nt_xent(a, b, t, backend="naive"), z1, z2)
-    ours = gradients(lambda a, b: nt_xent(a, b, t, backend="triton"), z1, z2, dtype=torch.float16)
-    theirs = gradients(autocast, z1, z2, dtype=torch.float16)
-    allowed = max(1e-5 * exact[0], 4 * torch.finfo(torch.float32).eps / t)  # what float32 is allowed
-    assert error(ours[0], exact[0]) <= max(2 * error(theirs[0], exact[0]), allowed)
-    for z, a, b, reference in zip((z1, z2), ours[1:], theirs[1:], exact[1:], strict=True):
-        kept = z.norm(dim=1) > 0  # the gradient of a zero row, 1e12 dz, is beyond float16
-        assert kept.all() or not torch.isfinite(a[~kept]).all()
-        assert error(a[kept], reference[kept]) <= 2 * error(b[kept], reference[kept])
+@interpreted
+def test_a_row_of_zeros_in_float16():
+    z1, z2 = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(0)).half().float()
+    z1[0] = 0
+    exact = gradients(lambda a, b: naive_nt_xent(a, b, 0.1), z1, z2)
+    value, a, b = gradients(lambda a, b: nt_xent(a, b, 0.1, backend="triton"), z1, z2, dtype=torch.float16)
+    assert error(value, exact[0]) <= 1e-3 * exact[0] and error(b, exact[2]) <= 2e-3 * exact[2].norm()
+    assert error(a[1:], exact[1][1:]) <= 2e-3 * exact[1][1:].norm()
+    assert not torch.isfinite(a[0]).all()  # the gradient of a row of zeros is 1e12 dz, which is beyond float16
 
 
 @interpreted
 def test_bfloat16_rows_are_kept_in_float16():
     torch.manual_seed(0)
     z1, z2 = torch.randn(2, 40, 32).bfloat16().float()
-    exact = gradients(lambda a, b: nt_xent(a, b, backend="naive"), z1, z2)
+    exact = gradients(lambda a, b: naive_nt_xent(a, b, 0.5), z1, z2)
     ours = gradients(lambda a, b: nt_xent(a, b, backend="triton"), z1, z2, dtype=torch.bfloat16)
     assert error(ours[0], exact[0]) <= 1e-4 * exact[0]
     for a, b in zip(ours[1:], exact[1:], strict=True):
@@ -187,19 +180,8 @@ def test_repeats_to_the_bit():
 class Launches(torch.utils._python_dispatch.TorchDispatchMode):
     """Names of what would be launched on a GPU: Triton kernels, and operators that neither view nor allocate."""
 
-    HOST = (
-        "promote_types",
-        "slice",
-        "view",
-        "split",
-        "detach",
-        "empty",
-        "new_empty",
-        "empty_like",
-        "expand",
-        "unsqueeze",
-        "lift_fresh",
-    )
+    HOST = ("promote_types", "slice", "view", "split", "detach", "empty", "new_empty", "empty_like", "expand",
+            "unsqueeze", "lift_fresh", "unbind")  # fmt: skip
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -209,7 +191,7 @@ class Launches(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function).removeprefix("aten.").split(".")[0]
-        of_number = name == "_local_scalar_dense" and args[0].dtype == torch.float64  # the temperature, on the host
+        of_number = name in ("_local_scalar_dense", "reciprocal") and args[0].dtype == torch.float64  # t, on the host
         if not of_number and name not in self.HOST and not name.startswith("prim"):
             self.names.append(name)
         return function(*args, **kwargs or {})
@@ -229,21 +211,22 @@ class Counted:
 
 
 @interpreted
-@pytest.mark.parametrize("name, backward", [("nt_xent", 3), ("info_nce", 2)])
-def test_a_call_is_four_launches_forward_and_three_backward(name, backward, monkeypatch):
+@pytest.mark.parametrize("name", ["nt_xent", "symmetric towers", "info_nce"])
+def test_a_call_is_four_launches_forward_and_four_backward(name, monkeypatch):
     z1, z2 = torch.randn(2, 20, 16)
     ours, one = losses("triton", None)[name][0], torch.tensor(1.0)
     z1.requires_grad_()
     with Launches(monkeypatch) as counted:
-        value = ours(z1, z2.requires_grad_(name == "nt_xent"), 0.3)
+        value = ours(z1, z2.requires_grad_(name != "info_nce"), 0.3)
         forward = list(counted.names)
         torch.autograd.grad(value, [z for z in (z1, z2) if z.requires_grad], one)
     assert forward == ["unit_rows_kernel", "walk_kernel", "finish_kernel", "mean"]
-    assert counted.names[4:] == ["div", "walk_kernel", "input_gradient_kernel"][:: 1 if backward == 3 else 2]
+    walk = ["walk_kernel"] * (name != "info_nce")  # whose forward pass has summed the gradient as well
+    assert counted.names[4:] == ["linalg_vector_norm", "div", *walk, "input_gradient_kernel"]
 
 
 @interpreted
-@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_100", marks=pytest.mark.slowest), "small"])
+@pytest.mark.parametrize("target", ["sm_80", "small"])
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_of_other_cards(name, target, monkeypatch):
     """sm_80 and small load by pointers, not by descriptors; small takes 300 columns in chunks."""
@@ -259,9 +242,10 @@ def test_float32_in_two_float16_parts_errs_as_float32_does():
     squares = torch.zeros(2)
     for seed in range(4):
         z1, z2 = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(seed))
-        exact = gradients(lambda a, b: nt_xent(a, b, 0.1, backend="naive"), z1, z2)
-        for index, backend in enumerate(("triton", "naive")):
-            found = gradients(lambda a, b, k=backend: nt_xent(a, b, 0.1, backend=k), z1, z2, dtype=torch.float32)
+        exact = gradients(lambda a, b: naive_nt_xent(a, b, 0.1), z1, z2)
+        ours, naive = losses("triton", None)["nt_xent"]
+        for index, f in enumerate((ours, naive)):
+            found = gradients(lambda a, b, f=f: f(a, b, 0.1), z1, z2, dtype=torch.float32)
             squares[index] += sum(error(a, b) ** 2 for a, b in zip(found[1:], exact[1:], strict=True))
     assert squares[0].sqrt() <= 1.4 * squares[1].sqrt(), squares
 
@@ -301,29 +285,8 @@ def test_sup_con_in_half_precision(dtype, length, loss):
 def test_float32_at_high_precision_is_one_float16(monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     z1, z2 = torch.randn(2, 30, 24)
-    exact = gradients(lambda a, b: nt_xent(a, b, backend="naive"), z1, z2)
+    exact = gradients(lambda a, b: naive_nt_xent(a, b, 0.5), z1, z2)
     ours = gradients(lambda a, b: nt_xent(a, b, backend="triton"), z1, z2, dtype=torch.float32)
     assert fused.stored(60, 24, torch.float32) == ((60, 32), torch.float16)
     for a, b in zip(ours, exact, strict=True):
         assert 1e-6 * b.norm() < error(a, b) < 2 * torch.finfo(torch.float16).eps * b.norm()
-
-
-@interpreted
-def test_operators_pass_opcheck_and_compile():
-    operators, z, scale = torch.ops.kernels, torch.randn(6, 4), torch.tensor(5.0)
-    rows, inverse = operators.unit_rows(z[:3], z[3:], None, scale, torch.float32, "triton")
-    _, w, m, a, _, none = operators.forward(rows, None, rows, 2, scale, 0, None, None, False, 0, "triton")
-    end = (none, rows, 2, w, scale, inverse, 4, torch.float32, "triton")
-    cases = [
-        (operators.unit_rows, (z[:3], z[3:], z[:2], scale, torch.float32, "triton")),
-        (operators.forward, (rows[:3], rows, rows, 1, scale, -1, None, None, True, 0, "triton")),
-        (operators.backward, (rows, None, scale, 0, None, None, m, a, m, a, None, *end)),
-        (operators.backward, (rows, None, scale, -1, None, None, m, a, None, None, rows[None], *end)),
-    ]
-    for operator, arguments in cases:
-        torch.library.opcheck(operator.default, arguments)
-    compiled = torch.compile(lambda a, b: nt_xent(a, b, backend="triton"), fullgraph=True, backend="aot_eager")
-    ours = gradients(compiled, z, z.flip(0), dtype=torch.float32)
-    plain = gradients(lambda a, b: nt_xent(a, b, backend="triton"), z, z.flip(0), dtype=torch.float32)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b)
