@@ -1,14 +1,24 @@
-"""Everything that a GPU must show, in one command of ten minutes, written to one Markdown file.
+"""Everything that a GPU must show, in one command of about eight minutes, written row by row to one Markdown file.
 
-    python benchmarks/gpu.py                  any CUDA machine; writes gpu.md
-    python benchmarks/gpu.py --device cpu     its CPU parts, to see that the script works
+    python benchmarks/gpu.py                            on a CUDA machine; writes gpu.md
+    python benchmarks/gpu.py --pictures pictures.pt     trains on these pictures, not on the shapes
+    python benchmarks/gpu.py --pack FOLDER              makes pictures.pt, at most 48 MiB, from a folder of JPEG files
+    python benchmarks/gpu.py --device cpu --quick       all of it, small, on a CPU, to see that the script works
+                                                        (the Triton kernels, too, if TRITON_INTERPRET=1 is set)
 
-The GPU tests; how many kernels a call launches; time and memory of the loss (ours, naive, torch.compile of it, lightly
-where it is installed) in fp16 and fp32, 2N from 1024 to 131,072, and MoCo's; the fraction of the floor of the
-hardware; images/s of SimCLR with a ResNet-18 at 32 pixels. What runs out of memory or time is '-'.
+(a) Value and gradient of each loss against float64, beside the naive loss in the same precision, on rows that are
+random, trained (pairs at a cosine of 0.9 and 0.99), clustered and collapsed. (b) 200 repeats, equal to the bit. (c) The
+GPU tests. (d) Time by events and in a CUDA graph, launches, memory; and configurations of the kernels. (e) SimCLR,
+ResNet-18, `--amp bf16`, for as long as time is left. A process of its own makes the rows. A row that raises, or takes
+too long, costs that row alone: the process is then replaced, and what it printed stands in the row.
 """
 
 import argparse
+import functools
+import importlib.util
+import math
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -16,167 +26,398 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import images
+import kernels
+import moco
+import simclr
+import supcon
 from benchmarks import loss
-from kernels import info_nce, nt_xent
 
 ROOT = Path(__file__).resolve().parent.parent
-# Published dense 16-bit tensor rates (operations/s), and exponentials/s: 16 a processor and clock.
-CARDS = {
-    "A100": (312e12, 16 * 108 * 1.41e9),
-    "H100": (989e12, 16 * 132 * 1.83e9),
-    "H200": (989e12, 16 * 132 * 1.83e9),
-    "B200": (2250e12, 16 * 148 * 1.85e9),
-}
+OURS = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
+KINDS = "random", "cosine 0.9", "cosine 0.99", "clustered", "collapsed"
 
 
-def floor(card, similarities, d, products, exponentials):
-    """Seconds below which no kernel can be: its products or its exponentials, whichever takes longer."""
-    if card is None:
-        return None
-    return max(products * 2 * similarities * d / CARDS[card][0], exponentials * similarities / CARDS[card][1])
+def pairs(kind: str, n: int, d: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """n pairs of rows (n, d), of a fixed seed, such as training makes them."""
+    draw = torch.Generator().manual_seed(n + d)
+    base, one, two = torch.randn(3, n, d, generator=draw).to(device)
+    if kind == "random":
+        return one, two
+    if kind.startswith("cosine"):
+        cosine, base = float(kind.split()[1]), F.normalize(base, dim=1)
+        away = F.normalize(one - (one * base).sum(1, keepdim=True) * base, dim=1)
+        return base, cosine * base + math.sqrt(1 - cosine**2) * away
+    centres, noise = (base[: max(1, n // 32)], 0.05) if kind == "clustered" else (base[:1], 1e-3)
+    near = centres[torch.arange(n, device=device) % len(centres)]
+    return near + noise * one, near + noise * two
 
 
-def seconds(function, arguments, limit=2.0):
-    """Return the median time of a forward and backward pass, within about `limit` seconds; None out of memory."""
-    cuda = arguments[0].is_cuda
+def losses(n: int, t: float, device: str, backend: str = OURS) -> dict:
+    """Name -> (ours, naive), each of z1 and z2 (n, d); the gradient asked for is that of z1."""
+    labels = torch.arange(n, device=device).remainder(max(1, n // 16)).repeat(2)
+
+    def naive_towers(a, b):
+        return (moco.info_nce(a, b, None, t) + moco.info_nce(b, a, None, t)) / 2
+
+    def queue(b):
+        return torch.cat([b.roll(1, 0), b.flip(0)])
+
+    found = {
+        "nt_xent": (lambda a, b: kernels.nt_xent(a, b, t, backend=backend), lambda a, b: simclr.nt_xent(a, b, t)),
+        "info_nce": (
+            lambda a, b: kernels.info_nce(a, b, queue(b), t, backend=backend),
+            lambda a, b: moco.info_nce(a, b, queue(b), t),
+        ),
+        "two towers": (
+            lambda a, b: kernels.info_nce(a, b, temperature=t, symmetric=True, backend=backend),
+            naive_towers,
+        ),
+    }
+    for kind in ("out", "in"):
+        found[f"sup_con {kind}"] = (
+            lambda a, b, k=kind: kernels.sup_con(torch.cat([a, b]), labels, t, loss=k, backend=backend),
+            lambda a, b, k=kind: supcon.sup_con(torch.cat([a, b]), labels, t, loss=k),
+        )
+    return found
+
+
+def gradient(function, a, b):
+    """The value, and its gradient by a, taken of 2^12 times the value: as by a loss scaler, for float16."""
+    a = a.detach().requires_grad_()
+    value = function(a, b)
+    return value.detach().double(), torch.autograd.grad(2**12 * value, a)[0].double() / 2**12
+
+
+def precision(name: str, kind: str, n: int, d: int, t: float, dtype: str, device: str) -> list[str]:
+    """Errors of ours and of the naive loss in `dtype` (half precision: under autocast), over the size of the exact."""
+    to = getattr(torch, dtype)
+    a, b = (x.to(to) for x in pairs(kind, n, d, device))
+    large = (
+        n > 4096 and device == "cuda"
+    )  # then the reference is the blocked loss in float64, which the small rows hold against the formula
+    exact = losses(n, t, device, "blocked")[name][0] if large else losses(n, t, device)[name][1]
+    value, reference = gradient(exact, a.double(), b.double())
+    ours, naive = losses(n, t, device)[name]
+    half = to != torch.float32
+
+    def plain(x, y):
+        with torch.autocast(device, to if half else torch.bfloat16, enabled=half):
+            return naive(x.float(), y.float())
+
+    found = []
+    for function, take in ((ours, to), (plain, torch.float32)):
+        if function is plain and large:
+            found.append("-")
+            continue
+        v, g = gradient(function, a.to(take), b.to(take))
+        found.append(f"{(v - value).abs() / value.abs():.1e}, {(g - reference).norm() / reference.norm():.1e}")
+    return [name, kind, f"{2 * n:,}", str(d), f"{t:g}", dtype, *found]
+
+
+def repeats(name: str, n: int, dtype: str, count: int, device: str) -> list[str]:
+    a, b = (x.to(getattr(torch, dtype)) for x in pairs("cosine 0.9", n, 128, device))
+    function, equal = losses(n, 0.1, device)[name][0], 0
+    first = gradient(function, a, b)
+    for _ in range(count):
+        equal += all(torch.equal(x, y) for x, y in zip(first, gradient(function, a, b), strict=True))
+    return [name, f"{2 * n:,}", dtype, f"{equal} of {count} equal"]
+
+
+def tests(seconds: int) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_kernels.py"]
+    command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
     try:
-        loss.step(function, arguments)  # compiles
-        loss.step(function, arguments)
-        times, end = [], time.perf_counter() + limit
-        while len(times) < 3 or (time.perf_counter() < end and len(times) < 50):
-            start = time.perf_counter()
-            loss.step(function, arguments)  # ends with a synchronisation
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        for x in arguments:
-            x.grad = None
-        if cuda:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        return [" ".join(command[1:]), (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]]
+    except subprocess.TimeoutExpired as late:
+        return [" ".join(command[1:]), f"not finished after {seconds} s: {(late.stdout or b'').decode()[-200:]!r}"]
+
+
+def milliseconds(step, device: str, limit: float = 1.5) -> float:
+    """The median time of a step, by events on a GPU, within about `limit` seconds."""
+    times, end = [], time.perf_counter() + limit
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 50):
+        if device == "cpu":
+            times.append(1e3 * loss.seconds(step))
+        else:
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            step()
+            ended.record()
+            ended.synchronize()
+            times.append(begun.elapsed_time(ended))
+    return statistics.median(times)
+
+
+def graphed(step):
+    """The step as a CUDA graph to replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def launches(step) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def speed(problem: str, size: int, dtype: str, device: str) -> list[str]:
+    """Forward and backward: ours by events and as a graph, launches, the other losses' times, memory beyond inputs."""
+    cells, table = [problem, f"{size:,}", dtype], loss.NT_XENT if problem == "nt_xent" else loss.MOCO
+    arguments = loss.inputs(problem, size, 128, device, getattr(torch, dtype))
+    moving, memory = [x for x in arguments if x.requires_grad], []
+    for name in ("ours", "naive", "compile(naive)", next((n for n in table if n.startswith("lightly")), None)):
+        if name not in table:
+            cells.append("-")
+            continue
+        step = functools.partial(lambda f: torch.autograd.grad(f(*arguments), moving), table[name])
+        try:
+            step()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                step()
+                memory.append(f"{(torch.cuda.max_memory_allocated() - before) / 1e6:,.0f}")
+            cells.append(f"{milliseconds(step, device):.3f}")
+            if name == "ours":
+                on_gpu = device == "cuda"
+                cells += [f"{milliseconds(graphed(step), device):.3f}", str(launches(step))] if on_gpu else ["-", "-"]
+        except torch.OutOfMemoryError:
+            cells.append("out of memory")
             torch.cuda.empty_cache()
+    return [*cells, " / ".join(memory) or "-"]
 
 
-def peak(function, arguments):
-    """Return the bytes beyond the inputs."""
-    if not arguments[0].is_cuda:
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def configured(name: str, tile: tuple, size: int, dtype: str, device: str) -> list[str]:
+    """Time of nt_xent where one of its walks, "forward" or "backward", has the given BM, BN, BD, warps and stages."""
+    from kernels import fused
+
+    usual, arguments = fused.configuration, loss.inputs("nt_xent", size, 128, device, getattr(torch, dtype))
+    fused.configuration = lambda product, *rest: tile if product == (name == "backward") else usual(product, *rest)
     try:
-        loss.step(function, arguments)
-    except torch.OutOfMemoryError:
-        return None
-    return torch.cuda.max_memory_allocated() - before
+        step = lambda: torch.autograd.grad(kernels.nt_xent(*arguments, backend="triton"), arguments)  # noqa: E731
+        step()
+        return [name, "x".join(map(str, tile)), f"{size:,}", dtype, f"{milliseconds(graphed(step), device):.3f}"]
+    finally:
+        fused.configuration = usual
 
 
-def loss_table(device, card, end):
-    yield "| loss | dtype | size | ours ms | of the floor | naive | torch.compile | lightly | MB, ours / naive |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    lightly = next(name for name in loss.NT_XENT if name.startswith("lightly"))
-    sizes = [1024, 2048] if device == "cpu" else [1024, 4096, 8192, 16384, 32768, 65536, 131072]
-    rows = [("nt_xent", size, dtype) for dtype in ("float16", "float32") for size in sizes]
-    rows += [("info_nce", 65536, dtype) for dtype in ("float16", "float32")]
-    for problem, size, dtype in rows:
-        if device == "cpu" and dtype == "float16":
-            continue
-        torch._dynamo.reset()  # else it stops compiling after some shapes, in silence
-        arguments = loss.inputs(problem, size, 128, device, getattr(torch, dtype))
-        table = loss.NT_XENT if problem == "nt_xent" else loss.MOCO
-        times = {}
-        for name in ("ours", "naive", "compile(naive)", lightly):
-            if name in table and time.time() < end:
-                times[name] = seconds(table[name], arguments)
-        memory = [peak(table[name], arguments) if times.get(name) else None for name in ("ours", "naive")]
-        ours, parts = times.get("ours"), 3 if dtype == "float32" else 1  # float32: three products of float16 parts each
-        if ours is None:
-            yield f"| {problem} | {dtype} | {size} | - | - | - | - | - | - |"
-            continue
-        similarities, work = (size**2, (3, 2)) if problem == "nt_xent" else (256 * size, (2, 1))
-        least = floor(card, similarities, 128, work[0] * parts, work[1])
-        ratios = [
-            "-" if times.get(n) is None else f"{times[n] / ours:.1f}x" for n in ("naive", "compile(naive)", lightly)
-        ]
-        megabytes = " / ".join("-" if m is None else f"{m / 1e6:.0f}" for m in memory)
-        share = "-" if least is None else f"{least / ours:.2f}"
-        yield f"| {problem} | {dtype} | {size:,} | {ours * 1e3:.3f} | {share} | {' | '.join(ratios)} | {megabytes} |"
+def pack(folder: str, path: str, most: int = 48 * 2**20) -> None:
+    """Write the JPEG files of train/ and, until the file would be larger than `most` bytes, of test/, with labels."""
+    root, data, total = Path(folder), {"train": [], "test": []}, 0
+    names = sorted(place.name for place in (root / "train").iterdir())
+    for split, held in data.items():
+        columns = [sorted((root / split / name).iterdir()) for name in names]
+        for row in zip(*columns, strict=False):  # one picture of each class: all classes are cut at the same length
+            files = [torch.frombuffer(bytearray(place.read_bytes()), dtype=torch.uint8) for place in row]
+            total += sum(len(x) for x in files)
+            if total > most - 2**20:
+                break
+            held += [(x, label) for label, x in enumerate(files)]
+    whole = {"classes": names}
+    for split, held in data.items():
+        whole[split] = torch.cat([x for x, _ in held])
+        whole[f"{split} lengths"] = torch.tensor([len(x) for x, _ in held])
+        whole[f"{split} labels"] = torch.tensor([label for _, label in held])
+    torch.save(whole, path)
+    counts = ", ".join(f"{len(held):,} of {split}" for split, held in data.items())
+    print(f"{path}: {counts}, {Path(path).stat().st_size / 2**20:.1f} MiB")
 
 
-def launches(device):
-    """Lines that say how many kernels a forward and a backward pass launch, as the profiler counts them."""
-    if device == "cpu":
-        return ["Launches are counted on a GPU; without one, by `tests/test_triton_interpreter.py`."]
-    lines = []
-    for name, function, problem, size in (
-        ("nt_xent", nt_xent, "nt_xent", 1024),
-        ("info_nce", info_nce, "info_nce", 4096),
-    ):
-        arguments, counts, value = loss.inputs(problem, size, 128, device, torch.float16), [], []
-        loss.step(function, arguments)
-        gradient = torch.ones((), device=device)
-        of = arguments[:1] if name == "info_nce" else arguments
-        for work in (lambda: value.append(function(*arguments)), lambda: torch.autograd.grad(value[0], of, gradient)):  # noqa: B023
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                work()
-                torch.cuda.synchronize()
-            counts.append(sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events()))
-        lines.append(f"`{name}`: {counts[0]} launches forward, {counts[1]} backward (at most 4 and 3 are meant).")
-    return lines
+@functools.cache
+def training_data(pictures: str, device: str) -> images.Data:
+    """The pictures that `pack` wrote, or the shapes if there are none, on the device."""
+    if not pictures:
+        config = simclr.Config(data="shapes", image_size=32, device=device)
+        return images.load(config, torch.device(device))
+    whole, splits = torch.load(pictures, weights_only=True), []
+    for split in ("train", "test"):
+        files = whole[split].split(whole[f"{split} lengths"].tolist())
+        pixels = torch.stack([torchvision.io.decode_jpeg(x, torchvision.io.ImageReadMode.RGB) for x in files])
+        splits.append(images.Images(whole[f"{split} labels"], torch.device(device), pixels.to(device)))
+    return images.Data(pictures, *splits, whole["classes"])
 
 
-def run(*command, timeout):
-    """Return the output of a command of this Python, or what went wrong, and never more than `timeout` seconds."""
-    try:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-        return done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        return f"not finished after {timeout} s"
+def training(backend: str, pictures: str, device: str, quick: bool, seconds: float) -> list[str]:
+    """SimCLR by its CIFAR recipe: images/s of the second 20 steps, or kNN after what epochs fit in the seconds."""
+    data, begun = training_data(pictures, device), time.perf_counter()
+    size = dict(backbone="resnet8", image_size=16, batch_size=16) if quick else dict(amp="bf16", batch_size=512)
+    few = images.Data(data.name, data.train.at(torch.arange(20 * size["batch_size"])), data.test, data.classes)
+
+    def run(on, epochs, **more):
+        with tempfile.TemporaryDirectory() as folder:
+            given = dict(size, device=device, loss_backend=backend, out=f"{folder}/run", epochs=epochs, **more)
+            return simclr.train(simclr.Config.preset("cifar", **given), on)
+
+    rate = run(few, 2, knn_every=0, warmup_epochs=0.0)["images_per_second"]
+    if not seconds:
+        return [f"20 steps, --loss-backend {backend}", f"{rate:,.0f} images/s"]
+    epochs = max(1, int(0.9 * (seconds - (time.perf_counter() - begun)) * rate / len(data.train)) * (not quick))
+    last = run(few if quick else data, epochs, knn_every=epochs, warmup_epochs=min(10.0, epochs / 10))
+    return [f"{epochs} epochs", f"{last['images_per_second']:,.0f} images/s", f"{last['knn_top1']:.3f}"]
 
 
-def simclr_speed(device):
-    """Return the command, and the images/s of its second epoch as log.csv has them."""
-    name = "demo" if device == "cpu" else "cifar"  # a ResNet-18 takes minutes an epoch on a CPU
-    command = ["--data", "shapes", "--preset", name, "--epochs", "2", "--warmup-epochs", "1", "--knn-every", "0"]
-    with tempfile.TemporaryDirectory() as folder:
-        output = run("simclr.py", *command, "--device", device, "--out", folder, timeout=150)
-        log = Path(folder) / "log.csv"
-        rows = log.read_text().split() if log.exists() else []
-    speed = f"{float(rows[2].split(',')[-1]):,.0f} images/s" if len(rows) > 2 else f"failed: {output.strip()[-200:]}"
-    return " ".join(command), speed
+class Table(NamedTuple):
+    title: str
+    headers: list[str]
+    seconds: float  # that a row may take; 0: all that are left, which it is then told
+    rows: list[functools.partial]  # each returns its cells
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def plan(device: str, quick: bool, pictures: str) -> list[Table]:
+    call, names = functools.partial, list(losses(1, 1.0, device))
+    half = ("float16", "bfloat16") if device == "cuda" or OURS == "triton" else ("bfloat16",)
+    both, wide = (half[0], "float32"), (32, 64, 256, 512)
+    exact = [
+        ("nt_xent", kind, 256, 128, t, to) for kind in KINDS for t in (0.05, 0.1, 0.5) for to in (*half, "float32")
+    ]
+    exact += [(name, kind, 256, 128, 0.1, to) for name in names[1:] for kind in KINDS for to in both]
+    exact += [("nt_xent", "cosine 0.9", 1024, d, 0.1, to) for d in wide for to in both]
+    exact += [("nt_xent", kind, n, 128, 0.02, to) for kind in KINDS for n in (1024, 32768) for to in both]
+    bitwise = [(name, 2048, to, 200, device) for name in names for to in both]
+    timed = [("nt_xent", size, to) for size in (1024, 8192, 65536) for to in both[::-1]]
+    timed += [("info_nce", 65536, to) for to in both[::-1]]
+    tiles = [("forward", (128, 128, 128, 8, 2)), ("forward", (128, 64, 128, 4, 3)), ("forward", (64, 128, 128, 4, 3))]
+    tiles += [("backward", (64, 128, 128, 4, 2)), ("backward", (64, 64, 128, 4, 3)), ("backward", (128, 64, 128, 8, 2))]
+    if quick:
+        exact = [row for row in exact if row[2] == 256][::9]
+        bitwise, timed = [(name, 100, "float32", 3, device) for name in names[::2]], [("nt_xent", 512, "float32")]
+    tiles = [call(configured, name, tile, 8192, "float16", device) for name, tile in tiles if device == "cuda"]
+    backends = ("triton", "blocked", "naive")[device == "cpu" :]
+    others = ["naive", "torch.compile(naive)", "lightly's formula", "MB: ours / naive / compile / lightly"]
+    return [
+        Table("Relative error of value and gradient, against float64",
+              ["loss", "rows", "2N", "d", "t", "dtype", "ours", "naive"], 40,
+              [call(precision, *row, device) for row in exact]),
+        Table("Repeats", ["loss", "2N", "dtype", "bits"], 60, [call(repeats, *row) for row in bitwise]),
+        Table("The GPU tests", ["command", "its last line"], 160, [] if quick else [call(tests, 150)]),
+        Table("Forward and backward, ms, d = 128",
+              ["loss", "size", "dtype", "ours", "in a graph", "launches", *others], 90,
+              [call(speed, *row, device) for row in timed]),
+        Table("Configurations: BM, BN, BD, warps, stages", ["walk", "tile", "2N", "dtype", "ms"], 40, tiles),
+        Table("SimCLR, 32 pixels, 20 steps", ["run", "speed"], 60,
+              [call(training, backend, pictures, device, quick, 0) for backend in backends]),
+        Table("SimCLR for the time that is left", ["run", "speed", "kNN"], 0,
+              [call(training, "auto", pictures, device, quick)]),
+    ]  # fmt: skip
+
+
+def work(pipe, log: str) -> None:
+    """In a process: make the rows that come by the pipe. What it prints goes to the file `log`."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    pipe.send("ready")  # what it imports does not count as time of a row
+    while True:
+        row = pipe.recv()
+        try:
+            pipe.send((True, row()))
+        except BaseException as problem:
+            words = " ".join(f"{type(problem).__name__}: {problem}".split())
+            pipe.send((False, words[:200]))
+            if "CUDA error" in words:  # this process can use the GPU no more
+                raise
+
+
+class Worker:
+    """The process that makes rows; a new one replaces one that died or took too long."""
+
+    def __init__(self) -> None:
+        self.process, self.log = None, tempfile.mkstemp()[1]
+
+    def cells(self, row: functools.partial, seconds: float) -> tuple[bool, list[str]]:
+        """Whether the row could be made, and its cells."""
+        if fresh := self.process is None or not self.process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=work, args=(theirs, self.log))
+            self.process.start()
+            theirs.close()  # so that its end is seen here
+        try:
+            if fresh:
+                self.pipe.recv()
+            self.pipe.send(row)
+            if self.pipe.poll(seconds):
+                good, cells = self.pipe.recv()
+                return good, cells if good else [named(row), cells]
+            problem = f"no result within {seconds:.0f} s"
+        except (EOFError, OSError):
+            problem = "its process died"
+        self.stop()
+        return False, [named(row), f"{problem}; it printed: {' '.join(Path(self.log).read_text().split())[-200:]!r}"]
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+
+
+def named(row: functools.partial) -> str:
+    return " ".join(map(str, (row.func.__name__, *row.args)))
+
+
+def fill(tables: list[Table], out: Path, seconds: float) -> None:
+    """Write the tables, row by row, to `out` and to the screen. 0.7 of the seconds are for all tables but the last."""
+    worker, summary, start = Worker(), [], time.monotonic()
+
+    def say(*lines: str) -> None:
+        print(*lines, sep="\n", flush=True)
+        with out.open("a") as file:
+            print(*lines, sep="\n", file=file)
+
+    for title, headers, most, rows in tables:
+        begun, bad, share = time.monotonic(), 0, 0.7 if most else 1.0
+        say("", f"## {title}", "", f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}")
+        for row in rows:
+            left = start + share * seconds - time.monotonic()
+            if not most:  # the row is told how long it has, and gets half a minute more
+                row, left = functools.partial(row.func, *row.args, max(1, left - 15)), max(left, 1) + 30
+            good, cells = (
+                worker.cells(row, min(left, most or left)) if left > 0 else (False, [named(row), "no time left"])
+            )
+            bad += not good
+            say(f"| {' | '.join(cells)} |")
+        summary.append(f"| {title} | {len(rows)} | {bad} | {time.monotonic() - begun:.0f} |")
+    worker.stop()
+    say("", "## Summary", "", "| table | rows | without a result | seconds |", "|---|---|---|---|", *summary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--out", default="gpu.md")
+    parser.add_argument("--quick", action="store_true", help="few and small rows")
+    parser.add_argument("--pictures", default="", help="a file that --pack made")
+    parser.add_argument("--pack", default="", help="make pictures.pt from this folder, with train/ and test/, and end")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
+    parser.add_argument("--out", default="gpu.md", help="the file to write (default gpu.md)")
     args = parser.parse_args()
+    if args.pack:
+        return pack(args.pack, "pictures.pt")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA device here: --device cpu runs the parts that a CPU can")
-    start, device = time.time(), args.device
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or 'a CPU'}, no GPU"
-    card = next((card for card in CARDS if device == "cuda" and card in name), None)
-    lines = [f"# {name}", "", f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, `python benchmarks/gpu.py`", ""]
-
-    def add(*more):
-        lines.extend(more)
-        print("\n".join(more), flush=True)
-        Path(args.out).write_text("\n".join(lines) + "\n")
-
-    add("## Tests", "")
-    output = run("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_kernels.py", timeout=150)
-    add(f"`python -m pytest -m gpu tests/test_kernels.py`: {output.strip().splitlines()[-1]}", "")
-    add("## Launches", "", *launches(device), "")
-    add("## SimCLR, images/s", "")
-    command, speed = simclr_speed(device)
-    add(f"`python simclr.py {command}`: {speed}", "")
-    add("## Losses", "", "Forward and backward, d = 128; the others as multiples of our time.", "")
-    for line in loss_table(device, card, start + 540):
-        add(line)
-    add("", f"{time.time() - start:.0f} s in all.")
+        sys.exit("no CUDA device here: --device cpu --quick shows that the script works")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, no GPU"
+    command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
+    head = f"# {name}\n\ntorch {torch.__version__}, {time.strftime('%Y-%m-%d')}, `{command}`\n"
+    Path(args.out).write_text(head)
+    print(head)
+    tables = plan(args.device, args.quick, args.pictures)
+    fill(tables, Path(args.out), 60 * args.minutes)
 
 
 if __name__ == "__main__":

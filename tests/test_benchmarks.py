@@ -3,16 +3,19 @@
 import functools
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.ops import box_iou
 from torchvision.transforms import functional as TF
 
@@ -28,6 +31,7 @@ from benchmarks import (
     augmentations,
     detection,
     eigenspaces,
+    gpu,
     neural,
     pipeline,
     probes,
@@ -469,3 +473,37 @@ def test_neural_beside_a_package(tmp_path, monkeypatch):
     monkeypatch.setattr(neural.subprocess, "run", lambda c, **given: run([*c[:3], path + c[3], *c[4:]], **given))
     lines = neural.main(small).splitlines()
     assert lines[3].startswith("| behavior, cebra 0.0 |") and len(lines) == 4
+
+
+# --------------------------------------------------------------------------------------------------------------- gpu
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_hangs_or_ends_its_process_costs_that_row_alone(tmp_path):
+    split, out = functools.partial(str.split, "one two"), tmp_path / "gpu.md"
+    rows = [split, functools.partial(int, "x"), split, functools.partial(time.sleep, 60), split]
+    rows += [functools.partial(os._exit, 3), split]
+    gpu.fill([gpu.Table("Rows", ["a", "b"], 2, rows)], out, 300)
+    lines = [line for line in out.read_text().splitlines() if line.startswith("|")][2:]
+    assert [line == "| one | two |" for line in lines[:7]] == [True, False] * 3 + [True]
+    assert "ValueError: invalid literal" in lines[1] and "no result within 2 s" in lines[3] and "died" in lines[5]
+    assert lines[9].startswith("| Rows | 7 | 3 |")
+
+
+@pytest.mark.slow
+def test_gpu_quick_on_a_cpu_fills_every_row(tmp_path):
+    """Also with pictures that --pack made of JPEG files."""
+    for split, count in (("train", 160), ("test", 10)):
+        for label in range(2):
+            (tmp_path / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+                torchvision.io.write_jpeg(picture, str(tmp_path / split / f"class{label}" / f"{i}.jpg"))
+    script = [sys.executable, gpu.__file__]
+    subprocess.run([*script, "--pack", tmp_path], cwd=tmp_path, check=True)
+    flags = ["--device", "cpu", "--quick", "--minutes", "5", "--pictures", "pictures.pt"]
+    subprocess.run([*script, *flags], cwd=tmp_path, check=True)
+    text = (tmp_path / "gpu.md").read_text()
+    summary = text[text.index("## Summary") :].splitlines()[4:]
+    assert len(summary) == 7 and all(line.split(" | ")[2] == "0" for line in summary), text
+    assert "| 1 epochs |" in text
