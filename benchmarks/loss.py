@@ -2,6 +2,7 @@
 
     python benchmarks/loss.py                         2N = 512 ... 8192 and MoCo's 256 x 65,536, d = 128
     python benchmarks/loss.py --large                 2N = 2048 ... 65,536, ours only: the memory table
+    python benchmarks/loss.py --sizes --queue --towers 8192         two towers, symmetric: N = 8192 pairs
     python benchmarks/loss.py --device cuda --dtype float16
     python benchmarks/loss.py --before ../other       beside the kernels/ of another checkout, in the same run
 
@@ -69,6 +70,11 @@ def naive_moco(q, k, queue, t=0.2):
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
+def naive_towers(q, k, t=0.2):
+    s, target = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / t, torch.arange(len(q), device=q.device)
+    return (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2
+
+
 def compiled(function):
     return torch.compile(function, dynamic=False)
 
@@ -107,12 +113,17 @@ except ImportError:
 MOCO = {
     "ours": lambda q, k, queue: info_nce(q, k, queue), "naive": naive_moco, "compile(naive)": compiled(naive_moco)
 }  # fmt: skip
+TOWERS = {
+    "ours": lambda q, k: info_nce(q, k, symmetric=True), "naive": naive_towers, "compile(naive)": compiled(naive_towers)
+}  # fmt: skip
+PROBLEMS = {"nt_xent": NT_XENT, "info_nce": MOCO, "towers": TOWERS}
 
 
 def inputs(problem, size, d, device, dtype):
     torch.manual_seed(0)
-    if problem == "nt_xent":
-        return [torch.randn(size // 2, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
+    if problem != "info_nce":
+        n = size // 2 if problem == "nt_xent" else size
+        return [torch.randn(n, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     q = torch.randn(256, d, device=device, dtype=dtype, requires_grad=True)
     queue = F.normalize(torch.randn(size, d, device=device, dtype=dtype), dim=1)
     return [q, torch.randn(256, d, device=device, dtype=dtype), queue]
@@ -134,7 +145,7 @@ def seconds(work):
 
 def peak_memory(problem, name, size, d, device, dtype):
     """Return the bytes beyond the inputs that one step takes, after a small step has loaded the libraries."""
-    function = (NT_XENT if problem == "nt_xent" else MOCO)[name]
+    function = PROBLEMS[problem][name]
     arguments = inputs(problem, size, d, device, dtype)
     small = [x[:40].detach().requires_grad_(x.requires_grad) for x in arguments]
     if name.startswith("compile"):
@@ -169,8 +180,9 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="2N")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192], help="2N")
     parser.add_argument("--queue", type=int, nargs="*", default=[65536], help="MoCo's K at N = 256")
+    parser.add_argument("--towers", type=int, nargs="*", default=[], help="N pairs of rows of two towers")
     parser.add_argument("--large", action="store_true", help="ours alone, at 2N up to 65,536")
     parser.add_argument("--before", help="folder of another checkout, whose kernels/ is measured as well")
     parser.add_argument("--no-memory", action="store_true")
@@ -181,14 +193,15 @@ def main():
     print(f"{'problem':8} {'size':>6} {'loss':22} {'ms':>9} {'x ours':>7} {'extra MB':>9} {'efficiency':>10}")
     before = args.before and other_kernels(args.before)
     big = [torch.randn(4096, 4096, device=args.device, dtype=dtype) for _ in range(3)]
-    for problem, size in [("nt_xent", m) for m in sizes] + [("info_nce", k) for k in queue]:
-        functions = dict(NT_XENT if problem == "nt_xent" else MOCO)
+    asked = {"nt_xent": sizes, "info_nce": queue, "towers": args.towers}
+    for problem, size in [(problem, size) for problem, sizes in asked.items() for size in sizes]:
+        functions = dict(PROBLEMS[problem])
         if args.large:
             functions = {"ours": functions["ours"]}
         for name in [name for name in functions if name.startswith("metric-learning") and 4 * size**3 > 1e9]:
             print(f"{problem:8} {size:6} {name}: left out, it holds (2N)^3 numbers, {4e-9 * size**3:,.0f} GB of each")
             del functions[name]
-        if before:
+        if before and problem != "towers":
             functions["before"] = before.nt_xent if problem == "nt_xent" else lambda q, k, y: before.info_nce(q, k, y)
         arguments = inputs(problem, size, args.d, args.device, dtype)
         product = lambda: (torch.mm(big[0], big[1], out=big[2]), big[2][0, 0].item())  # noqa: E731
@@ -207,7 +220,7 @@ def main():
                     times[name] += [took] if run else []
         median = {name: statistics.median(each) for name, each in times.items()}
         rate = 2 * 4096**3 / median.pop("product")
-        operations = 4 * args.d * (size * size if problem == "nt_xent" else 256 * size)
+        operations = 4 * args.d * size * (256 if problem == "info_nce" else size)
         for name, took in median.items():
             shape = problem, name, size, args.d, args.device, dtype
             memory = None if args.no_memory or name == "before" else in_process(*shape)
