@@ -86,7 +86,7 @@ def check_shares(group, *given):
         own = torch.tensor([list(" and ".join(map(kind, given)).encode().ljust(128)[:128])], dtype=torch.uint8)
         every = {bytes(each).decode().strip() for each in gather(own.to(device), group).tolist()}
         if len(every) > 1:
-            raise ValueError(f"the processes of a group must pass equal shapes, got {', '.join(sorted(every))}")
+            raise ValueError(f"each process of a group must pass equal shapes, got {', '.join(sorted(every))}")
     return group
 
 

@@ -490,7 +490,7 @@ def test_a_row_that_fails_hangs_or_ends_its_process_costs_that_row_alone(tmp_pat
     assert lines[9].startswith("| Rows | 7 | 3 |")
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_gpu_quick_on_a_cpu_fills_every_row(tmp_path):
     """Also with pictures that --pack made of JPEG files."""
     for split, count in (("train", 160), ("test", 10)):
