@@ -117,7 +117,7 @@ def _contrast(x1, x2, y, t, backend, group=None, groups=None, pair=False, cross=
     if not SMALLEST <= value <= LARGEST:
         raise ValueError(f"temperature must be a number of at least {SMALLEST}, at most {LARGEST}, got {value}")
     kept = torch.promote_types(torch.float32, t.dtype) if isinstance(t, Tensor) else torch.float64
-    scale = torch.as_tensor(t, dtype=kept).reshape(()).reciprocal()
+    scale = torch.as_tensor(t, dtype=kept, device=getattr(t, "device", "cpu")).reshape(()).reciprocal()
     if x2 is not None:
         x1, x2 = (x.to(torch.promote_types(x1.dtype, x2.dtype)) for x in (x1, x2))
     autocast, grad = x1.is_cuda and torch.is_autocast_enabled("cuda"), torch.is_grad_enabled()

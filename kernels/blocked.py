@@ -44,7 +44,7 @@ def scaling(scale):
 def scratch(thread, dtype):
     """Memory of two tiles. All calls of a thread share it, because the system clears new memory."""
     with torch.inference_mode(False):  # so that calls outside that mode can write to it
-        return torch.empty(2, TILE * TILE, dtype=dtype)
+        return torch.empty(2, TILE * TILE, dtype=dtype, device="cpu")
 
 
 def plan(m, k, layout, mirror):
@@ -99,7 +99,7 @@ def diagonals(x, i, j, layout):
     partner = [(0, n, first + whole), (n, 2 * n, first - n)] * pair
     for low, high, at in own + partner if first >= 0 else ():  # the rows low to high leave out column row + at
         low, high = max(i.start, low), min(i.stop, high)
-        if low - high < low + at - j.start < j.stop - j.start:
+        if low < high and low - high < low + at - j.start < j.stop - j.start:
             yield x[low - i.start : high - i.start].diagonal(low + at - j.start)
 
 
@@ -110,7 +110,7 @@ def _tiles(rows, cols, layout, mirror, kept, filled, c, shift, root=None):
     if the columns are not of length 1 yet.
     """
     z = rows.z
-    memory, more = z.new_empty(2, TILE * TILE) if z.is_cuda else scratch(threading.get_ident(), z.dtype)
+    memory, more = scratch(threading.get_ident(), z.dtype) if z.is_cpu else z.new_empty(2, TILE * TILE)
     for i, j, at in plan(len(z), len(cols.z), layout, mirror):
         held, zj = at.stop <= len(kept), cols.z[j] if root is None else normalized(cols.z[j], root)[0]
         s = (kept[at] if held else memory[: at.stop - at.start]).view(i.stop - i.start, -1)

@@ -77,13 +77,13 @@ def kind(x):
 def check_shares(group, *given):
     """Return the group, or None for a group of one process. Raise ValueError on every process unless all pass equal
     shapes and dtypes: `gather` would abort, or hang. torch.compile leaves the check out.
-
     It goes by way of the CPU if the group has a backend there, else it waits for a GPU."""
     if group is None or dist.get_world_size(group) == 1:
         return None
-    if not torch.compiler.is_compiling():
-        device = "cpu" if "cpu" in dist.get_backend_config(group) else getattr(given[0], "device", "cuda")
-        own = torch.tensor([list(" and ".join(map(kind, given)).encode().ljust(128)[:128])], dtype=torch.uint8)
+    if not torch.compiler.is_compiling():  # the GPU's number is left out: each process has its own
+        here = given[0].device if isinstance(given[0], Tensor) else "cuda"
+        device, text = "cpu" if "cpu" in dist.get_backend_config(group) else here, " and ".join(map(kind, given))
+        own = torch.tensor([list(text.replace(f" on {here}", "").encode().ljust(128)[:128])], dtype=torch.uint8)
         every = {bytes(each).decode().strip() for each in gather(own.to(device), group).tolist()}
         if len(every) > 1:
             raise ValueError(f"each process of a group must pass equal shapes, got {', '.join(sorted(every))}")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kernels import cosine_logsumexp, info_nce, nt_xent, sup_con
+from kernels import blocked, cosine_logsumexp, info_nce, nt_xent, sup_con
 
 N, D = 24, 20  # pairs in all, width
 
@@ -54,7 +54,7 @@ def gloo_threads():
 
 def values_and_gradients(rank, processes, backend):
     own = slice(rank * N // processes, (rank + 1) * N // processes)
-    found = {}
+    found, blocked.TILE = {}, 16  # so that a tile can have rows of one of the two parts alone
     for dtype in (torch.float64, torch.float32):
         for t in (0.2, 0.005):  # without and with a running maximum
             for name, function in cases(dist.group.WORLD, t, backend).items():
