@@ -2,37 +2,40 @@
 
 Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot, Liu, Krishnan, NeurIPS 2020, https://arxiv.org/abs/2004.11362
 
-SimCLR with labels. Two views of each of N images are drawn. The positives P(i) of a view i are all other views of its
-class, and A(i) are all other views. Stage 1, in this file, learns the encoder. Stage 2, a linear classifier on the
-frozen encoder, is `python linear_eval.py runs/supcon --protocol paper`:
+SupCon is SimCLR with labels. It draws two views of each of N images. A(i) are all views but view i. The positives P(i)
+are the views in A(i) whose class is the class of view i. This file is stage 1, which learns the encoder. Stage 2, a
+linear classifier on the frozen encoder, is `python linear_eval.py runs/supcon --protocol paper`:
 
     z_i = Proj(Enc(x_i)), of length 1                                                              (section 3.1)
     r_ip = exp(z_i . z_p / tau) / sum over a in A(i) of exp(z_i . z_a / tau)
     L_out = sum over i of -1/|P(i)| sum over p in P(i) of log r_ip                                  (equation 2)
     L_in  = sum over i of -log( 1/|P(i)| sum over p in P(i) of r_ip )                               (equation 3)
 
-Here both are the mean over the 2N anchors i, times tau over the base temperature (section 4.5). An anchor without
-positives adds 0. With a class for every image both are SimCLR's loss. Jensen's inequality puts L_in below L_out; L_out
-learns better (section 3.2.2).
+This file takes the mean over the 2N anchors i and not their sum, times tau over the base temperature (section 4.5). An
+anchor without positives adds 0. If each image is a class of its own, both losses are SimCLR's. Jensen's inequality
+gives L_in <= L_out; the paper's text prints L_out <= L_in. L_out learns better (section 3.2.2).
 
     paper                       here                       flag
     Aug(x)                      augment                    --crop-min-scale, --jitter-strength
-    Enc, r                      model.backbone, h          --backbone, --stem
+    Enc, r                      model.backbone, h          --backbone, --stem, --normalize-h
     Proj, z                     model.projector, z         --projection-head, --hidden-dim, --projection-dim
     tau                         temperature                --temperature, --base-temperature
     L_out, L_in                 sup_con                    --loss out, --loss in
     the cross-entropy baseline  classifier                 --loss cross-entropy
 
-    python supcon.py                                       the demo: embedded data, two CPU cores
+    python supcon.py                                       the demo: built-in data, two CPU cores
     python supcon.py --loss cross-entropy                  the one-stage baseline in the same budget
     python supcon.py --data /my/photos                     your own pictures, in a sub-folder for each class
 
-The demo ends at a kNN of 0.975 to 0.984; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
+The demo ends at a kNN accuracy of 0.975 to 0.984; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the paper in some points. The paper's best augmentation is AutoAugment; the views here are those
-of the authors' code for CIFAR. The baseline runs by SupCon's recipe; the authors' code trains it at lr 0.8 with one
-view, cropped and flipped. The learning rate moves at every step, theirs at every epoch, down to a thousandth. The other
-baseline, max-margin, is in benchmarks/supervised.py.
+The authors published two programs. The paper's ImageNet figures come from google-research/google-research, `supcon/`
+("Google" below), and our defaults are its recipe. The preset `cifar` is the recipe of HobbitLong/SupContrast.
+
+This file differs from both programs in three points. Google augments by AutoAugment, which this file does not have; our
+defaults augment as Google's SimCLR does. Our baseline uses SupCon's recipe; both programs give the baseline learning
+rates of its own. In SupContrast the learning rate moves at every epoch, down to a thousandth; here it moves at every
+step, down to 0. The paper's other baseline, max-margin, is in benchmarks/supervised.py.
 """
 
 import math
@@ -45,49 +48,53 @@ from torch import Tensor, nn
 
 import common
 from common import RunConfig, cosine_lr, gather, set_lr
-from images import color_jitter, ensure, flip, grey, normalize, sometimes
+from images import color_jitter, ensure, flip, gaussian_blur, grey, normalize, sometimes
 
-CIFAR = dict(  # the README and defaults of the authors' code
-    data="cifar10", image_size=32, backbone="resnet50", stem="cifar", epochs=1000, batch_size=1024,
-    optimizer="sgd", lr=0.5, weight_decay=1e-4, base_temperature=0.07,
+CODE = dict(projection_head="mlp", normalize_h=False, zero_init=False, jitter_strength=0.5, blur=0.0)
+CIFAR = dict(  # the README and the defaults of SupContrast
+    CODE, data="cifar10", image_size=32, stem="cifar", epochs=1000, batch_size=1024, optimizer="sgd", lr=0.5,
+    weight_decay=1e-4, warmup_epochs=10.0, base_temperature=0.07, crop_min_scale=0.2,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, from some hundred on
-    image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=1e-4,
-    warmup_epochs=0.0, base_temperature=0.1,
+PHOTOS = dict(  # ours: for your own pictures, some hundred or more
+    CODE, image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=1e-4,
+    warmup_epochs=0.0, base_temperature=0.1, crop_min_scale=0.2,
 )  # fmt: skip
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in about a minute
-    data="shapes", image_size=32, backbone="resnet8", epochs=5, batch_size=128, lr=2.0, weight_decay=1e-4,
-    warmup_epochs=1.0, crop_min_scale=0.35, base_temperature=0.1, hidden_dim=256, projection_dim=64,
+    CODE, data="shapes", image_size=32, backbone="resnet8", epochs=5, batch_size=128, lr=2.0, weight_decay=1e-4,
+    warmup_epochs=1.0, base_temperature=0.1, hidden_dim=256, projection_dim=64, crop_min_scale=0.35,
 )  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    """SupCon's flags. The defaults are for ImageNet; "code" is the authors' github.com/HobbitLong/SupContrast."""
+    """SupCon's flags. The defaults are Google's for ImageNet: `supcon_imagenet_resnet50.sh`, with `configs.sh`."""
 
     PRESETS = {"paper": {}, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
-    loss: Literal["out", "in", "cross-entropy"] = "out"  # equation 2, equation 3, or the one-stage baseline
-    temperature: float = 0.1  # tau (section 4)
-    base_temperature: float = 1.0  # the loss is multiplied by tau over this (section 4.5: by tau; code: 0.07)
-    epochs: int = 350  # passes over the training images (section 4.5, ResNet-50)
-    batch_size: int = 6144  # N, images in a step; 2N views (section 4.5)
-    optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 4.5: ImageNet) or sgd (CIFAR), momentum 0.9
-    lr: float = 7.2  # learning rate, not scaled by N (ours: 0.3 N / 256, which is SimCLR's)
-    weight_decay: float = 1e-6  # weight decay; with lars not on BN and biases (SimCLR's)
-    warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (code: for N > 256)
-    projection_head: Literal["linear", "mlp"] = "mlp"  # Proj (section 3.1 names both)
-    hidden_dim: int = 0  # width of Proj's hidden layer; 0 = the width of h (code; section 3.1: 2048)
-    projection_dim: int = 128  # width of z (section 3.1)
-    crop_min_scale: float = 0.2  # least area of a crop; the most is 1 (code)
-    jitter_strength: float = 0.5  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s (code)
-    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's; else that of kernels/
+    loss: Literal["out", "in", "cross-entropy"] = "out"  # L_out, L_in, or the one-stage baseline (equations 2 and 3)
+    temperature: float = 0.1  # tau: smaller puts more weight on the nearest views (section 4)
+    base_temperature: float = 1.0  # the loss is multiplied by tau / this (1: section 4.5, Google; 0.07: SupContrast)
+    epochs: int = 350  # passes over the training images (section 4.5; Google)
+    batch_size: int = 6144  # images in a step, N, with two views each (section 4.5; Google)
+    optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 4.5, Google) or sgd (SupContrast), with momentum 0.9
+    lr: float = 9.6  # learning rate, not scaled by the batch size (Google: 0.4 for 256 images, so 9.6 for 6144)
+    weight_decay: float = 1e-3  # weight decay; with lars not on BN (as in Google's code) and not on biases
+    warmup_epochs: float = 12.0  # epochs of linear warm-up, then a cosine to 0 (Google; SupContrast: 10, for N > 256)
+    normalize_h: bool = True  # scale the backbone's output to length 1 (section 3.1; Google; SupContrast does not)
+    zero_init: bool = True  # start the last BN of each residual block at 0 (Google), and not at 1 (SupContrast)
+    projection_head: Literal["linear", "mlp"] = "linear"  # head: one layer without a bias (Google) or two (SupContrast)
+    hidden_dim: int = 0  # hidden width of an mlp head; 0 = the backbone's (section 3.1: 2048)
+    projection_dim: int = 128  # width of z, the projection head's output (section 3.1)
+    crop_min_scale: float = 0.08  # least share of the picture in a crop; the most is 1 (Google; SupContrast: 0.2)
+    jitter_strength: float = 1.0  # colour jitter: 0.8 times this, hue 0.2 times (Google's SimCLR; SupContrast: 0.5)
+    blur: float = 0.5  # probability of a blur (Google's SimCLR; SupContrast: none)
+    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
     out: str = "runs/supcon"  # folder of the run's files
 
     def check(self) -> None:
         super().check()
         self.need("batch_size > 1 or loss == 'cross-entropy'", "lr > 0", "temperature > 0", "base_temperature > 0")
-        self.need("projection_dim > 0", "0 < crop_min_scale <= 1")
+        self.need("projection_dim > 0", "0 < crop_min_scale <= 1", "blur <= 1")
         self.need("jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
         baseline, backend = self.loss == "cross-entropy", self.loss_backend
         no_kernel = baseline and backend not in ("auto", "naive")
@@ -95,29 +102,37 @@ class Config(RunConfig):
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """Aug(x) after the crop, as in the authors' code, a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
+    """Aug(x) after the crop, drawn anew for every image. x: (N, 3, H, W) in [0, 1]."""
     s = config.jitter_strength
-    x = sometimes(x, 0.5, flip)
+    x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     x = sometimes(x, 0.2, grey)
+    x = sometimes(x, config.blur, gaussian_blur)
     return normalize(x)
+
+
+class UnitLength(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return F.normalize(h, dim=1)
 
 
 class SupCon(nn.Module):
     """Enc and Proj. `model(x1, x2)` is z of both views, `model.backbone(x)` is h, `model.embed(x)` is z.
 
-    The baseline has no Proj: its z is h, which its classifier reads.
+    The baseline has no Proj: z is h, of any length, and the baseline's classifier reads it.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.backbone = common.build_backbone(config, zero_init_residual=False)  # as in the authors' code
+        self.backbone = common.build_backbone(config, zero_init_residual=config.zero_init)
         d = self.dim = self.backbone.feature_dim
         self.projector = nn.Identity()
         if config.loss != "cross-entropy":
+            if config.normalize_h:
+                self.backbone.fc = UnitLength()  # the last layer, where a torchvision ResNet has its classifier
             hidden, self.dim = config.hidden_dim or d, config.projection_dim
             if config.projection_head == "linear":
-                self.projector = nn.Linear(d, self.dim)
+                self.projector = nn.Linear(d, self.dim, bias=False)
             else:
                 self.projector = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, self.dim))
 
@@ -129,9 +144,9 @@ class SupCon(nn.Module):
 
 
 def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, loss: str = "out") -> Tensor:
-    """Equation 2 ("out") or 3 ("in"), the mean over the M anchors. z: (M, d), any norm; labels: (M,), -1: none.
+    """Equation 2 ("out") or 3 ("in"), the mean over the M anchors. z: (M, d), any norm; labels: (M,), -1 for none.
 
-    The naive loss: it builds the M x M matrix. An anchor without positives adds 0, and counts in the mean.
+    This naive loss builds the M x M matrix. An anchor without positives adds 0 and counts in the mean.
     """
     if loss not in ("out", "in"):
         raise ValueError(f"loss must be 'out' or 'in', got {loss!r}")
@@ -150,14 +165,14 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, los
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures; `out` is the run's folder."""
     run = common.Run(config, data)
     labels, name, baseline = run.data.train.labels, run.data.name, config.loss == "cross-entropy"
     bare = labels < 0  # (number of images,)
     ensure(not bare.all(), f"--data {name}: no image has a label; give two class sub-folders or more")
     missing = f"--loss cross-entropy: {int(bare.sum()):,} images have no label; give --loss out, or remove the images"
     ensure(not (baseline and bare.any()), missing)
-    # an image without a label is a class of its own, whose one positive is its other view, as in SimCLR
+    # an image without a label gets a class of its own: its only positive is its other view, as in SimCLR
     labels = torch.where(bare, -2 - torch.arange(len(labels)), labels).to(run.device)
 
     model = SupCon(config).to(run.device, memory_format=torch.channels_last)
@@ -166,9 +181,9 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     if baseline:
         classes = len(run.data.classes)
         classifier = parts["classifier"] = nn.Linear(model.dim, classes).to(run.device)
-        guess, note = math.log(classes), "cross-entropy; temperature and projection head are unused"
+        guess, note = math.log(classes), "cross-entropy; temperature, projection head and --normalize-h are unused"
     else:
-        loss_of = run.loss(sup_con)  # this file's, or that of kernels/, as --loss-backend says
+        loss_of = run.loss(sup_con)  # sup_con above or a kernel of kernels/, as --loss-backend says
         guess = scale * math.log(2 * config.batch_size - 1)
         note = f"sup_con {config.loss}, times tau over its base: {tau:g} / {config.base_temperature:g} = {scale:g}"
     if config.optimizer == "lars":
@@ -182,7 +197,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
 
         z, y = torch.cat(network(x1, x2)), labels[index.to(run.device)].repeat(2)  # (2N, d), (2N,)
-        if baseline:  # of all processes' views, so that each process has the same gradients of the classifier
+        if baseline:  # all processes' views give each process the same gradients of the classifier
             loss = F.cross_entropy(classifier(gather(z)), gather(y))
         else:
             loss = scale * loss_of(z, y, tau, loss=config.loss)  # equation 2 or 3

@@ -175,19 +175,10 @@ def test_the_fused_loss_agrees(loss):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"loss": "in"},
-        {"loss_backend": "blocked"},
-        {"loss": "in", "loss_backend": "blocked"},
-        {"base_temperature": 0.07},
-        {"base_temperature": 0.07, "loss_backend": "blocked"},
-        {"loss": "cross-entropy"},
-    ],
-    ids=lambda f: "-".join(map(str, f.values())) or "default",
-)
+@pytest.mark.parametrize("flags", [
+    {}, {"loss": "in"}, {"loss_backend": "blocked"}, {"loss": "in", "loss_backend": "blocked"},
+    {"base_temperature": 0.07}, {"base_temperature": 0.07, "loss_backend": "blocked"}, {"loss": "cross-entropy"},
+], ids=lambda f: "-".join(map(str, f.values())) or "default")  # fmt: skip
 def test_a_step_is_sgd_on_equation_2_or_3(flags, tmp_path, monkeypatch):
     """Times tau over its base (section 4.5); of the method's file or of kernels/; the weight decay is on everything."""
     fused, used = kernels.sup_con, []
@@ -216,6 +207,7 @@ def test_the_head_is_the_papers():
     assert head[0].out_features == 128 and head[0].bias is not None and head[2].bias is not None
     linear = supcon.SupCon(config(projection_head="linear", projection_dim=17)).projector
     assert type(linear).__name__ == "Linear" and (linear.in_features, linear.out_features) == (128, 17)
+    assert linear.bias is None
     model = supcon.SupCon(config(loss="cross-entropy")).eval()
     x = torch.rand(4, 3, 32, 32)
     assert torch.equal(torch.cat(model(x[:2], x[2:])), model.backbone(x)) and model.dim == 128
@@ -223,14 +215,16 @@ def test_the_head_is_the_papers():
     assert all((block.bn2.weight == 1).all() for block in [*deep.layer1, *deep.layer4])  # as the authors start it
 
 
-PAPER = dict(
-    loss="out", temperature=0.1, base_temperature=1.0, epochs=350, batch_size=6144, optimizer="lars", lr=7.2,
-    weight_decay=1e-6, warmup_epochs=10.0, projection_head="mlp", hidden_dim=0, projection_dim=128, crop_min_scale=0.2,
-    jitter_strength=0.5, backbone="resnet50", image_size=224, stem="imagenet",
+PAPER = dict(  # google-research/supcon: scripts/supcon_imagenet_resnet50.sh, configs.sh, hparams_flags.py
+    loss="out", temperature=0.1, base_temperature=1.0, epochs=350, batch_size=6144, optimizer="lars",
+    lr=9.6, weight_decay=1e-3, warmup_epochs=12.0, normalize_h=True, zero_init=True,
+    projection_head="linear", projection_dim=128, crop_min_scale=0.08, jitter_strength=1.0, blur=0.5,
+    backbone="resnet50", image_size=224, stem="imagenet",
 )  # fmt: skip
-CIFAR = PAPER | dict(
+CIFAR = PAPER | dict(  # HobbitLong/SupContrast
     data="cifar10", image_size=32, stem="cifar", epochs=1000, batch_size=1024, optimizer="sgd", lr=0.5,
-    weight_decay=1e-4, base_temperature=0.07,
+    weight_decay=1e-4, base_temperature=0.07, warmup_epochs=10.0, normalize_h=False, zero_init=False,
+    projection_head="mlp", hidden_dim=0, crop_min_scale=0.2, jitter_strength=0.5, blur=0.0,
 )  # fmt: skip
 PHOTOS = {"backbone": "resnet18", "image_size": 128}  # ours
 
@@ -242,8 +236,31 @@ def test_presets_are_as_published(preset, published):
 
 
 def test_the_views_are_the_authors(monkeypatch):
-    jitter = ("color_jitter", 0.8, 0.4, 0.4, 0.4, 0.1)
-    assert recipe(supcon, monkeypatch, supcon.Config()) == [("hflip", 0.5), jitter, ("grey", 0.2)]
+    for preset, s, blur in (("cifar", 0.5, 0.0), ("paper", 1.0, 0.5)):
+        jitter = ("color_jitter", 0.8, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+        assert recipe(supcon, monkeypatch, supcon.Config.preset(preset)) == [
+            ("hflip", 0.5), jitter, ("grey", 0.2), ("gaussian_blur", blur)]  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", ["resnet8", "resnet18"])
+def test_h_of_length_1_is_what_the_head_the_classifier_and_knn_get(backbone, photos, tmp_path):
+    """Section 3.1. The baseline's h has any length; backbone.pt is the same with and without."""
+    given = SMALL | {"normalize_h": True, "zero_init": True, "backbone": backbone}
+    out = train(supcon, tmp_path / "run", pictures(photos), **given, epochs=1)["out"]
+    model, x = common.load_run(out)[1], torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(model.backbone(x).norm(dim=1), torch.ones(4))
+    assert torch.equal(model.embed(x), model.projector(model.backbone(x)))
+    for flags in ("", "--protocol finetune --batch-size 32 --epochs 1"):
+        with torch.random.fork_rng():
+            linear_eval.main([out, "--data", str(photos), *flags.split()])
+    with pytest.raises(common.InputError, match="is not a torchvision ResNet's"):
+        linear_eval.main([out, "--save", str(tmp_path / "c.pt")])
+    state = torch.load(f"{out}/backbone.pt", weights_only=True)
+    assert not [name for name in state if name.startswith("fc")]
+    baseline = supcon.SupCon(config(**given, loss="cross-entropy")).eval()
+    assert not torch.allclose(baseline.backbone(x).norm(dim=1), torch.ones(4), atol=0.1)
+    last = [m.weight for name, m in supcon.SupCon(config(**given)).named_modules() if name.endswith(".bn2")]
+    assert last and all((weight == 0).all() == (backbone == "resnet18") for weight in last)
 
 
 @pytest.mark.parametrize("loss", ["out", "in", "cross-entropy"])
@@ -256,7 +273,7 @@ def test_the_schedule_and_the_crops(loss, tmp_path, monkeypatch, capsys):
     out, guess = capsys.readouterr().out, math.log(10) if baseline else 0.1 / 0.07 * math.log(127)
     assert "peak lr 0.3\n" in out and f"a guess has the loss {guess:.3f}" in out  # not scaled by N
     said = f"sup_con {loss}, times tau over its base: 0.1 / 0.07 = 1.42857"
-    assert ("cross-entropy; temperature and projection head are unused" if baseline else said) in out
+    assert ("cross-entropy; temperature, projection head and --normalize-h are unused" if baseline else said) in out
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
@@ -279,15 +296,10 @@ def test_the_optimizer(loss, optimizer, tmp_path):
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"loss": "in", "loss_backend": "blocked", "amp": "bf16"},
-        {"loss": "cross-entropy", "amp": "bf16"},
-        {"optimizer": "lars", "amp": "bf16"},
-    ],
-    ids=lambda f: "-".join(map(str, f.values())),
-)
+@pytest.mark.parametrize("flags", [
+    {"loss": "in", "loss_backend": "blocked", "amp": "bf16"}, {"loss": "cross-entropy", "amp": "bf16"},
+    {"optimizer": "lars", "amp": "bf16"},
+], ids=lambda f: "-".join(map(str, f.values())))  # fmt: skip
 def test_options_run_and_the_next_command_evaluates_them(flags, photos, tmp_path, capsys):
     assert math.isfinite(train(supcon, tmp_path, pictures(photos), **SMALL | flags)["loss"])
     _, model = common.load_run(tmp_path)
@@ -303,11 +315,9 @@ def test_pieces(loss, tmp_path):
     trains_in_pieces(supcon, SMALL | {"loss": loss}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{}, {"loss": "cross-entropy", "optimizer": "sgd"}, {"resident_gb": 0.0, "workers": 1}],
-    ids=["resident", "cross-entropy", "streamed"],
-)
+@pytest.mark.parametrize("given", [
+    {}, {"loss": "cross-entropy", "optimizer": "sgd"}, {"resident_gb": 0.0, "workers": 1},
+], ids=["resident", "cross-entropy", "streamed"])  # fmt: skip
 def test_an_interrupted_run_resumes_bit_for_bit(given, photos, tmp_path, monkeypatch):
     """The baseline's classifier too."""
     whole, resumed = resumes_bit_for_bit(supcon, SMALL | given, tmp_path, monkeypatch, pictures(photos, **given))

@@ -187,7 +187,7 @@ RECIPES = {  # flags of `Config`, what `augment` takes beside it, and each (oper
     ),
     "simsiam": (simsiam, {}, (), [("color_jitter", 0.8, *WEAK), ("grey", 0.2), ("gaussian_blur", 0.5), ("flip", 0.5)]),
     "swav": (swav, {}, (), [("flip", 0.5), ("color_jitter", 0.8, *FULL), ("grey", 0.2), ("gaussian_blur", 0.5)]),
-    "supcon": (supcon, {}, (), [("flip", 0.5), ("color_jitter", 0.8, *WEAK), ("grey", 0.2)]),
+    "supcon": (supcon, {}, (), [("flip", 0.5), ("color_jitter", 0.8, *FULL), ("grey", 0.2), ("gaussian_blur", 0.5)]),
 }
 
 
@@ -220,8 +220,20 @@ def test_augment_draws_for_each_image(name):
     method, given, beside, _ = RECIPES[name]
     torch.manual_seed(0)
     same = torch.rand(1, 3, 32, 32).repeat(64, 1, 1, 1)
+    before = same.clone()
     views = method.augment(same, method.Config(**given), *beside)
+    assert torch.equal(same, before)  # the input is left alone
     assert len({tuple(v.flatten()[::97].tolist()) for v in views}) > 40
+
+
+def test_random_resized_crops_are_those_of_a_run():
+    pictures = torch.randint(256, (5, 3, 40, 60)).to(torch.uint8)
+    for size, scale in ((32, (0.08, 1.0)), (16, (0.5, 0.5))):
+        torch.manual_seed(0)
+        ours = images.random_resized_crop(pictures, size, scale)
+        torch.manual_seed(0)
+        (views,) = next(images.Images(torch.zeros(5), CPU, pictures).views([torch.arange(5)], [(size, scale)]))
+        assert ours.shape == (5, 3, size, size) and torch.equal(ours, views)
 
 
 def test_every_crop_has_a_draw_of_its_own():
