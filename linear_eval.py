@@ -8,12 +8,10 @@
     python linear_eval.py runs/simclr --protocol finetune --label-fraction 0.1        the whole network, 10% of labels
     python linear_eval.py runs/simclr --save classifier.pt       keeps the network and its classifier for torchvision
 
-The backbone stays frozen, its BN in eval mode, except with `--protocol finetune`. By default every picture passes it
-once, as the central view of the full-size picture, and a linear classifier is fitted to the cached features to
-convergence (L-BFGS), so there is no learning rate. `--protocol paper` trains the classifier as the method's authors do;
-for SupCon it is the second stage of the method. Accuracy is that of the held-out images after the fit.
-
-Controls: --untrained (the same network before training), --features pixels, --shuffle-labels (must end at a guess).
+The backbone stays frozen, its BN in eval mode, except with `--protocol finetune`. By default the network embeds the
+central view of each full-size picture once, and L-BFGS fits a linear classifier to these features: it has no learning
+rate. `--protocol paper` trains the classifier as the method's authors do; for SupCon it is the second stage. The
+controls are --untrained, --features pixels, and --shuffle-labels, which must end at the accuracy of a guess.
 """
 
 import argparse
@@ -47,40 +45,44 @@ class Published(NamedTuple):
     crop: float  # least area of a training crop
     source: str
     weight_decay: float = 0.0
+    head: float = 1.0  # the classifier's lr, in units of lr
+    warmup: float = 0.0  # part of the run in which lr rises linearly
+    smoothing: float = 0.0  # of the labels
 
 
-PUBLISHED = {
+HALF_EPOCHS = tuple(half / 180 for half in range(25, 180))  # the ends of half epochs after 12 of 90 epochs
+PUBLISHED = {  # a method without an entry takes SimCLR's
     "simclr": Published("nesterov", 4096, 90, 1.6, (), 0, 0.08, "SimCLR appendix B.6: 0.1 B/256, no warm-up"),
     "moco": Published("sgd", 256, 100, 30.0, (0.6, 0.8), 0.1, 0.08, "MoCo v1 section 4.1, the same in v2"),
     "byol": Published("nesterov", 1024, 80, 0.8, (), 0, 0.08, "BYOL appendix C.1; 0.2 B/256 of the lr it chooses from"),
-    "simsiam": Published("lars", 4096, 90, 1.6, (), 0, 0.08, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
+    "simsiam": Published("larc", 4096, 90, 1.6, (), 0, 0.08, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
     "swav": Published("sgd", 256, 100, 0.3, (), 0, 0.08, "the authors' code; its weight decay is 1e-6", 1e-6),
-    "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, 0.2, "the authors' code for SupCon on CIFAR"),
+    "supcon of length 1": Published("rmsprop", 6144, 90, 1.2, HALF_EPOCHS, 0.97, 0.08, "google's supcon/: 0.05 B/256",
+        1e-6, warmup=12 / 90, smoothing=0.05),
+    "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, 0.2, "HobbitLong/SupContrast, for CIFAR"),
+}  # fmt: skip
+FINETUNING = {  # "10%" from a tenth of the labels on, "1%" below. A method without an entry takes SimCLR's
+    "simclr 10%": Published("nesterov", 4096, 30, 0.8, (), 0, 0.08, "SimCLR appendix B.5: 0.05 B/256"),
+    "simclr 1%": Published("nesterov", 4096, 60, 0.8, (), 0, 0.08, "SimCLR appendix B.5: 0.05 B/256"),
+    "byol 10%": Published("nesterov", 1024, 30, 0.2, (), 0, 0.08, "BYOL appendix C.1, one of its rates: 0.05 B/256"),
+    "byol 1%": Published("nesterov", 1024, 50, 0.2, (), 0, 0.08, "BYOL appendix C.1, one of its rates: 0.05 B/256"),
+    "swav 10%": Published("sgd", 256, 20, 0.01, (0.6, 0.8), 0.2, 0.08, "SwAV appendix A.4", head=20),
+    "swav 1%": Published("sgd", 256, 20, 0.02, (0.6, 0.8), 0.2, 0.08, "SwAV appendix A.4", head=250),
 }
-FINETUNING = {  # with 10% of the labels; a method without an entry takes SimCLR's
-    "simclr": Published("nesterov", 4096, 30, 0.8, (), 0, 0.08, "SimCLR appendix B.5: 0.05 B/256; 60 epochs of 1%"),
-    "byol": Published("nesterov", 1024, 30, 0.05, (), 0, 0.08, "BYOL appendix C.1, of the lrs and epochs it tries"),
-}
-FEW_EPOCHS = {"simclr": 60, "byol": 50}  # with less than 10% of the labels
 BY_HAND = ("epochs", "batch_size", "lr")  # the flags that change a published setting
 
 
 def open_run(args: argparse.Namespace) -> tuple[RunConfig, nn.Module]:
-    """The config of the run `args.run`, with the flags of this command line in place of its own, and its model.
-
-    Raises `InputError` for a run without pictures, and for `z` of a network without a projection head.
-    """
+    """The config of the run `args.run`, with the flags of this command line in place of its own, and its model."""
     ensure((args.workers or 0) >= 0, f"--workers {args.workers}: give 0 or more")
     config, model = common.load_run(args.run)
-    of_images = isinstance(config, RunConfig)
-    ensure(of_images, f"{args.run}: a run of {config.method()} has no pictures; give the run of another method")
+    ensure(isinstance(config, RunConfig), f"{args.run}: a run of {config.method()} has no pictures; give another run")
     ensure(args.data or config.data != "arrays", f"{args.run}: its pictures came from Python; give a folder by --data")
     for name in ("data", "data_dir", "workers"):
         if (given := getattr(args, name, None)) is not None:
             setattr(config, name, given)
     headless = isinstance(model.projector, nn.Identity)
     ensure(args.features != "z" or not headless, "--features z: the network has no projection head; give --features h")
-
     run = os.path.normpath(args.run)  # a run that finds runs/simclr taken writes to runs/simclr-2
     if later := [n for n in range(2, 1000) if Path(f"{run}-{n}", "checkpoint.pt").exists()]:
         print(f"note: {run}-{later[-1]} beside it is a newer run")
@@ -98,11 +100,8 @@ def pick_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def embed_readable(network: Callable, split: Images, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Features (M, d) of those images of a split whose files can be read, and the rows (M,) of these images in it.
-
-    A picture from a folder is read anew, in full size, so that its features depend on no other picture.
-    """
-    if split.paths:
+    """Features (M, d) of those images of a split whose files can be read, and the rows (M,) of these images in it."""
+    if split.paths:  # read anew, in full size: a picture's features depend on no other picture
         split = dataclasses.replace(split, pixels=None, sizes=None)
     features, damaged = common.embed(network, split, config), torch.zeros(len(split), dtype=torch.int32)
     damaged[list(split.bad)] = 1
@@ -112,16 +111,12 @@ def embed_readable(network: Callable, split: Images, config: RunConfig) -> tuple
     return features[rows.to(features.device)], rows
 
 
-# ------------------------------------------------------------------------------------------------ the classifiers
-
-
 def fit_linear(x: Tensor, y: Tensor, classes: int, l2: float = 1e-3, steps: int = 200) -> nn.Linear:
     """Multinomial logistic regression of standardised features: the least mean cross-entropy + l2/2 |W|^2.
-
     x: (N, d), y: (N,) in 0..classes-1. L-BFGS starts from zero; the problem is convex, so there is one solution. The
-    logits W (x - mean) / std + b are returned as one layer of x itself: weight W / std, bias b - (W / std) mean.
-    """
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    logits W (x - mean) / std + b are returned as one layer of x itself: weight W / std, bias b - (W / std) mean."""
+    mean, std = x.mean(0), x.std(0).nan_to_num()  # NaN for a single row
+    std[std <= 1e-3 * x.abs().amax(0)] = 1  # a feature that is nearly constant here may move later
     unit, classifier = (x - mean) / std, nn.Linear(x.shape[1], classes).to(x.device)
     weight, bias = (nn.init.zeros_(p) for p in classifier.parameters())
     solver = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
@@ -140,14 +135,20 @@ def fit_linear(x: Tensor, y: Tensor, classes: int, l2: float = 1e-3, steps: int 
     return classifier
 
 
+def rate_of(how: Published, step: int, total: int) -> float:
+    """The learning rate of a step."""
+    if not how.steps:
+        return common.cosine_lr(step, total, how.warmup * total, how.lr)
+    drops = sum(step / total >= at for at in how.steps)
+    return how.lr * how.factor**drops * min(1.0, (step + 1) / max(1.0, how.warmup * total))
+
+
 def fit_as_published(
     network: Any, train: Images, classes: int, how: Published, config: RunConfig, *, seed: int = 0, tune: bool = False
 ) -> nn.Linear:
     """A linear classifier of `network`'s features, by SGD on random crops (area `how.crop` to 1) and flips of `train`.
-
-    With `tune` the network trains too; its BN then takes the statistics of a batch, so an epoch's last short batch is
-    left out. Several processes share each batch. Raises `RunFailure` when the loss is no longer finite.
-    """
+    With `tune` the network trains too: its BN then needs whole batches, so an epoch's last short batch is left out.
+    Several processes share each batch. Raises `RunFailure` when the loss is no longer finite."""
     (rank, world), device, size = common.share(), train.device, config.image_size
     with torch.no_grad():
         width = network(torch.zeros(2, 3, size, size, device=device)).shape[1]
@@ -158,12 +159,14 @@ def fit_as_published(
     if world > 1:
         learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner) if device.type == "cuda" else learner
         learner = DistributedDataParallel(learner)
-    if how.optimizer == "lars":
-        optimizer = common.LARS(classifier.parameters(), lr=how.lr)  # adapts the bias too
+    groups = [{"params": list(part.parameters())} for part in ((network, classifier) if tune else (classifier,))]
+    settings = {"lr": how.lr, "momentum": 0.9, "weight_decay": how.weight_decay}
+    if how.optimizer == "larc":  # the rate multiplies the momentum; the bias is rescaled too
+        optimizer = common.LARS(groups, **settings, lr_in_momentum=False)
+    elif how.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(groups, **settings, alpha=0.9, eps=0.001**0.5)  # theirs: 0.001 under the root
     else:
-        more = {"weight_decay": how.weight_decay, "nesterov": how.optimizer == "nesterov"}
-        optimizer = torch.optim.SGD(learner.parameters(), lr=how.lr, momentum=0.9, **more)
-
+        optimizer = torch.optim.SGD(groups, **settings, nesterov=how.optimizer == "nesterov")
     least = how.batch_size if tune else world  # each process needs an image of every batch
     for epoch in range(how.epochs):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
@@ -173,17 +176,16 @@ def fit_as_published(
         views = train.views(mine, [(size, (how.crop, 1.0))], (seed, epoch), config.workers)
         for i, (x,) in enumerate(views):
             x = images.normalize(images.sometimes(x, 0.5, images.flip))
-            drops = sum(epoch >= round(at * how.epochs) for at in how.steps)
-            cosine = common.cosine_lr(epoch * len(batches) + i, how.epochs * len(batches), 0, how.lr)
-            common.set_lr(optimizer, how.lr * how.factor**drops if how.steps else cosine)
-
+            common.set_lr(optimizer, rate := rate_of(how, epoch * len(batches) + i, how.epochs * len(batches)))
+            optimizer.param_groups[-1]["lr"] = rate * how.head
             with torch.autocast(device.type, torch.bfloat16, enabled=tune and config.amp == "bf16"):
                 if not tune:
                     with torch.no_grad():
                         x = torch.cat([network(part) for part in x.split(512)])  # h: (batch, width)
                 logits = learner(x).float()
             # DistributedDataParallel averages over processes, whose shares may differ by an image
-            loss = F.cross_entropy(logits, train.labels[mine[i]].to(device), reduction="sum") * world / len(batches[i])
+            y = train.labels[mine[i]].to(device)
+            loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=how.smoothing) * world / len(batches[i])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -220,33 +222,29 @@ def save_for_torchvision(fc: nn.Linear, backbone: nn.Module, names: list[str], c
     print(f"{path}: the network with its classifier; {text}: class names, and how torchvision loads it")
 
 
-# --------------------------------------------------------------------------------------------------- the script
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags. Raises `InputError` for values out of range, and for flags that would do nothing."""
-    usage, title = "python linear_eval.py RUN [flags]", __doc__.split("\n")[0]
-    parser = common.OneLineParser(usage=usage, description=title, allow_abbrev=False)
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser, home = common.OneLineParser(usage="python linear_eval.py RUN [flags]", **how), os.path.expanduser
     add = parser.add_argument
-    add("run", help="a run's folder, such as runs/simclr")
-    add("--data", help="another data set: a name or a folder (default: the run's own)")
-    add("--data-dir", help="the folder for downloaded data sets (default: the run's own)")
+    add("run", type=home, help="a run's folder, such as runs/simclr")
+    add("--data", type=home, help="another data set: a name or a folder (default: the run's own)")
+    add("--data-dir", type=home, help="the folder for downloaded data sets (default: the run's own)")
     add("--features", choices=("h", "z", "pixels"), default="h", help="backbone, projection head, or a control")
     add("--protocol", choices=("features", "paper", "finetune"), default="features",
         help="a classifier on cached features | by SGD as published | together with the whole network")  # fmt: skip
-    add("--epochs", type=int, help="with --protocol paper or finetune (default: as published)")
-    add("--batch-size", type=int, help="the same; of all processes together (default: as published)")
-    add("--lr", type=float, help="the same; --batch-size does not scale it (default: as published)")
+    add("--epochs", type=int, help="passes over the labelled images, for paper and finetune (default: as published)")
+    add("--batch-size", type=int, help="images in a step, for paper and finetune (default: as published)")
+    add("--lr", type=float, help="the highest learning rate, for paper and finetune (default: as published)")
     add("--label-fraction", type=float, default=1.0, help="share of the training labels (default 1)")
     add("--l2", type=float, default=1e-3, help="weight penalty of the classifier on cached features (default 0.001)")
     add("--untrained", action="store_true", help="the same network before training, as a control")
     add("--shuffle-labels", action="store_true", help="a control: must end at the accuracy of a guess")
-    add("--save", type=Path, metavar="PT", help="write network and classifier for torchvision, and a .txt")
+    add("--save", type=lambda p: Path(p).expanduser(), metavar="PT", help="write the whole network for torchvision")
     add("--seed", type=int, default=0, help="seed of --label-fraction's draw and of everything else random")
     add("--device", default="auto", help="any torch device; auto is cuda where there is a GPU, else cpu")
     add("--workers", type=int, help="processes that decode pictures (default: the run's own)")
     args = parser.parse_args(argv)
-
     ensure(0 < args.label_fraction <= 1, f"--label-fraction {args.label_fraction}: give more than 0, and at most 1")
     ensure(args.lr is None or 0 < args.lr < math.inf, f"--lr {args.lr}: give more than 0")
     ensure(0 <= args.l2 < math.inf, f"--l2 {args.l2}: give 0 or more")
@@ -265,13 +263,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def setting_of(args: argparse.Namespace, method: str, n: int) -> Published:
+def setting_of(args: argparse.Namespace, config: RunConfig, n: int) -> Published:
     """The setting of `--protocol paper` or `finetune` for n labelled images: as published, but for the flags given."""
-    table, world = (FINETUNING if args.protocol == "finetune" else PUBLISHED), common.share()[1]
-    method = method if method in table else "simclr"  # a method without a protocol of its own, such as pairwise.py
-    how = table[method]
-    if args.protocol == "finetune" and args.label_fraction < 0.1:
-        how = how._replace(epochs=FEW_EPOCHS[method])
+    method, world, tune = config.method(), common.share()[1], args.protocol == "finetune"
+    unit = args.features == "h" and getattr(config, "normalize_h", False) and config.loss != "cross-entropy"  # SupCon
+    kind = (" 1%" if args.label_fraction < 0.1 else " 10%") if tune else " of length 1" * unit
+    table = FINETUNING if tune else PUBLISHED
+    how = table.get(method + kind) or table["simclr" + kind]
     by_hand = {name: getattr(args, name) for name in BY_HAND if getattr(args, name) is not None}
     rate, batch = how.lr / how.batch_size, by_hand.get("batch_size", how.batch_size)
     smaller = max(2 * world, 2 ** int(math.log2(max(2, n / 8))))  # 8 steps or more an epoch
@@ -282,6 +280,7 @@ def setting_of(args: argparse.Namespace, method: str, n: int) -> Published:
         print(f"note: lr {how.lr:g} is for a batch of {how.batch_size:,}; for {batch:,} try --lr {rate * batch:.3g}")
     how = how._replace(**by_hand)
     words = f"{how.optimizer}, batch {how.batch_size}, lr {how.lr:g}, {how.epochs} epochs ({how.source})"
+    words += f"; lr {how.lr * how.head:g} for the classifier" * (how.head != 1)
     print(f"protocol {args.protocol}: {words}", flush=True)
     if (steps := how.epochs * n // batch) < 2000:
         print(f"note: these are about {steps:,} steps; the published ones are thousands; --epochs makes more")
@@ -298,13 +297,13 @@ def evaluate(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     if args.shuffle_labels:
         train.labels = train.labels[torch.randperm(len(train))]
     print(f"features {args.features}, {len(train):,} labels used" + ", SHUFFLED" * args.shuffle_labels)
-
     if tune:  # a network of its own: MoCo's BN, for one, splits a batch
         network = common.build_backbone(dataclasses.replace(config, init="random", resume=""))
         network.load_state_dict(model.backbone.state_dict())
+        network.fc = getattr(model.backbone, "fc", nn.Identity())
         network = network.to(device, memory_format=torch.channels_last).eval()
     if args.protocol != "features":
-        how = setting_of(args, config.method(), len(train))
+        how = setting_of(args, config, len(train))
         classifier = fit_as_published(network, train, len(names), how, config, seed=args.seed, tune=tune)
     bank, rows = embed_readable(network, train, config)
     queries, asked = embed_readable(network, data.test, config)
@@ -312,7 +311,6 @@ def evaluate(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     if args.protocol == "features":
         print(f"protocol features: L-BFGS on cached features, l2 {args.l2:g}", flush=True)
         classifier = fit_linear(bank, bank_labels, len(names), args.l2)
-
     loss, guess = F.cross_entropy(classifier(bank), bank_labels).item(), math.log(len(names))
     if not loss < guess + 1e-4:  # 1e-4 for rounding
         print(f"warning: the classifier's loss {loss:.2f} on the training images is worse than a guess's {guess:.2f}")
@@ -323,13 +321,16 @@ def evaluate(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     result |= {"per_class": (right / count).tolist(), "logits": logits}  # NaN for a class without a held-out image
     mean = bank.mean(0) if args.features == "pixels" else 0  # as in the kNN of raw pixels that a run prints
     result["knn_top1"] = common.knn_accuracy(bank - mean, bank_labels, queries - mean, labels)
-
+    if args.protocol == "paper" and result["linear_top1"] < result["knn_top1"]:
+        print("warning: the classifier ends below kNN, as after too few steps; give more --epochs")
+    if data.test.paths:
+        print("note: pictures are read in full size here; kNN of a run in memory was of pictures squeezed into squares")
     result["a guess"] = (count.max() / len(labels)).item()  # that every image is of the largest class
     for key in ("a guess", "linear_top1", *["linear_top5"] * (len(names) > 5), "knn_top1"):
         print(f"  {key.replace('_top', ' top-').replace('knn', 'kNN'):14}{result[key]:.4f}")
     worst = sorted((a, c) for a, c in zip(result["per_class"], names, strict=True) if not math.isnan(a))[:10]
-    more = f" (the worst 10 of {len(names)})" * (len(names) > 10)
-    print(f"  {'per class':14}{', '.join(f'{c} {a:.3f}' for a, c in worst)}{more}")
+    words = ", ".join(f"{c} {a:.3f}" for a, c in worst) + f" (the worst 10 of {len(names)})" * (len(names) > 10)
+    print(f"  {'per class':14}{words}")
     if args.save and common.share()[0] == 0:
         save_for_torchvision(classifier, network, names, config, args.save)
     return result
@@ -339,16 +340,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Do what the command line asks for. Prints a table; returns its figures, and the logits of the held-out images."""
     args = parse(argv)
     config, model = open_run(args)
-    other = config.backbone == "resnet8" or getattr(model, "normalize_h", False)
-    ensure(not (args.save and other), f"--save: h of this run ({config.backbone}) is not a torchvision ResNet's")
+    usual = isinstance(getattr(model.backbone, "fc", None), nn.Identity)  # neither resnet8 nor h of length 1
+    ensure(usual or not args.save, f"--save: h of this run ({config.backbone}) is not a torchvision ResNet's")
     if args.untrained:
         torch.manual_seed(seed_of(config.seed))
         model = type(model)(dataclasses.replace(config, resume="")).eval()
     if args.protocol == "features":
         config.resident_gb = 0.0  # a folder is streamed: each picture is read once, in full size
-    device = common.pick_device(args.device)
-    data = images.load(config, device)
-    model = model.to(device, memory_format=torch.channels_last)
+    data = images.load(config, common.pick_device(args.device))
+    model = model.to(data.train.device, memory_format=torch.channels_last)
     state = f"before training ({config.init} weights)" if args.untrained else "trained"
     print(f"{config.method()}, {config.backbone} {state}" + ", frozen" * (args.protocol != "finetune"))
     print(data.describe(), flush=True)

@@ -11,12 +11,16 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
+import byol
 import cebra
 import common
 import images
 import linear_eval
 import moco
 import simclr
+import simsiam
+import supcon
+import swav
 from tests.helpers import ROOT, equal, saved, train
 
 CPU = torch.device("cpu")
@@ -224,33 +228,95 @@ def test_bad_flags_are_one_line(flags, words, evaluate, capsys):
 # --------------------------------------------------------------------------------------- the published protocols
 
 
+def setting(config, *flags, n=10**6):
+    return linear_eval.setting_of(linear_eval.parse(["run", *flags]), config, n)
+
+
 def test_every_method_has_a_published_setting():
     lr = {name: how.lr for name, how in linear_eval.PUBLISHED.items()}
-    assert lr == {"simclr": 1.6, "moco": 30, "byol": 0.8, "simsiam": 1.6, "swav": 0.3, "supcon": 5}
+    assert lr == {"simclr": 1.6, "moco": 30, "byol": 0.8, "simsiam": 1.6, "swav": 0.3, "supcon": 5,
+        "supcon of length 1": 1.2}  # fmt: skip
     size = {name: (how.batch_size, how.epochs) for name, how in linear_eval.PUBLISHED.items()}
     assert size == {"simclr": (4096, 90), "moco": (256, 100), "byol": (1024, 80), "simsiam": (4096, 90),
-        "swav": (256, 100), "supcon": (512, 100)}  # fmt: skip
+        "swav": (256, 100), "supcon": (512, 100), "supcon of length 1": (6144, 90)}  # fmt: skip
     for how in linear_eval.PUBLISHED.values():
-        assert how.source and how.optimizer in ("sgd", "nesterov", "lars") and (how.factor > 0) == bool(how.steps)
+        assert how.source and (how.factor > 0) == bool(how.steps)
+        assert how.optimizer in ("sgd", "nesterov", "larc", "rmsprop")
+
+
+def test_the_second_stage_of_supcon_is_that_of_the_repository_of_its_first():
+    paper, cifar = (setting(supcon.Config.preset(p), "--protocol", "paper") for p in ("paper", "cifar"))
+    assert (cifar.optimizer, cifar.batch_size, cifar.lr, cifar.smoothing) == ("sgd", 512, 5.0, 0.0)
+    for given, features in (({"loss": "cross-entropy"}, "h"), ({}, "z")):  # which have any length
+        config = supcon.Config.preset("paper", **given)
+        assert setting(config, "--protocol", "paper", "--features", features) == cifar
+    assert (paper.optimizer, paper.weight_decay, paper.smoothing, paper.crop) == ("rmsprop", 1e-6, 0.05, 0.08)
+    # google's hparams_flags.py: 12 epochs of warm-up to 0.05 N / 256; then times 0.97 every half epoch, up to epoch 90
+    at = {0.5: 1.2 / 24, 6: 0.6, 12.25: 1.2, 12.5: 1.2 * 0.97, 13: 1.2 * 0.97**2, 89.9: 1.2 * 0.97**155}
+    for epoch, lr in at.items():
+        assert linear_eval.rate_of(paper, round(epoch * 1000), 90_000) == pytest.approx(lr, rel=3e-3), epoch
 
 
 def test_fine_tuning_is_published_for_few_and_for_many_labels():
-    for method in linear_eval.PUBLISHED:
-        given = [["run", "--protocol", "finetune", "--label-fraction", fraction] for fraction in ("0.01", "0.1")]
-        few, tenth = (linear_eval.setting_of(linear_eval.parse(argv), method, 10**6) for argv in given)
-        byol = method == "byol"
-        assert (few.epochs, tenth.epochs) == ((50, 30) if byol else (60, 30)), method
-        assert few.batch_size == (1024 if byol else 4096) and few.lr == (0.05 if byol else 0.05 * 4096 / 256)
+    """SwAV's appendix A.4, eval_semisup.py; BYOL's schedules.py, which multiplies 0.05 by N / 256; SimCLR's B.5."""
+    for module in (simclr, moco, byol, simsiam, supcon, swav):
+        flags = [("--protocol", "finetune", "--label-fraction", fraction) for fraction in ("0.01", "0.1")]
+        few, tenth = (setting(module.Config(), *f) for f in flags)
+        if module is swav:
+            assert [(h.lr, h.lr * h.head) for h in (few, tenth)] == [(0.02, 5.0), (0.01, 0.2)]
+            rates = [linear_eval.rate_of(few, epoch * 50, 1000) for epoch in (0, 11, 12, 15, 16, 19)]
+            assert rates == pytest.approx([0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
+            assert {(h.optimizer, h.batch_size, h.epochs, h.weight_decay) for h in (few, tenth)} == {
+                ("sgd", 256, 20, 0)
+            }
+            continue
+        own = module is byol
+        assert (few.epochs, tenth.epochs) == ((50, 30) if own else (60, 30))
+        assert few.batch_size == (1024 if own else 4096) and few.lr == tenth.lr == (0.2 if own else 0.8)
         assert few.optimizer == "nesterov" and few.weight_decay == 0 and not few.steps and few.crop == 0.08
-        assert ("BYOL" if byol else "B.5") in few.source
+        assert few.head == 1 and ("BYOL" if own else "B.5") in few.source
+
+
+def test_larc_has_the_rate_outside_the_momentum():
+    """apex's LARC, clip=False, around SGD: g' = 0.001 |w| / |g| g; v <- 0.9 v + g'; w <- w - lr v."""
+    how = linear_eval.PUBLISHED["simsiam"]._replace(batch_size=60, epochs=3, lr=100.0)
+    network, made = Recorder(), []
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3, 3)
+    torch.nn.init.normal_(linear.weight, std=0.01)
+    torch.nn.init.zeros_(linear.bias)
+    made = fit(network, little_data(), how)
+    velocity = [torch.zeros_like(p) for p in linear.parameters()]
+    for step, x in enumerate(network.shown[1:]):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(images.seed_of(0, step)))
+        loss = F.cross_entropy(linear(x.mean((2, 3))), little_data().labels[order])
+        for p, v, g in zip(
+            linear.parameters(), velocity, torch.autograd.grad(loss, [*linear.parameters()]), strict=True
+        ):
+            v.mul_(0.9).add_(g * (0.001 * p.norm() / g.norm() if p.norm() > 0 else 1))
+            p.data -= 100 * 0.5 * (1 + math.cos(math.pi * step / 3)) * v
+    for ours, theirs in zip(made.parameters(), linear.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7, -1e-4, 1e6])
+def test_a_feature_that_is_constant_in_training_and_moves_later_does_no_harm(constant):
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 4
+    x = torch.cat([F.one_hot(labels, 4) + 0.1 * torch.randn(400, 4), torch.full((400, 1), constant)], 1)
+    x[0, 4] *= 1.001  # in all images but one
+    classifier = linear_eval.fit_linear(x, labels, 4)
+    x[:, 4] += 0.5 * torch.randn(400)
+    assert (classifier(x).argmax(1) == labels).float().mean() > 0.98
+    small = linear_eval.fit_linear(1e-9 * x, labels, 4)  # a small scale is no constant
+    assert (small(1e-9 * x).argmax(1) == labels).float().mean() > 0.98
 
 
 def test_flags_change_the_published_setting_and_nothing_else_does(capsys):
     paper = linear_eval.PUBLISHED["simclr"]
 
     def of(*flags):
-        args = linear_eval.parse(["run", "--protocol", "paper", *flags])
-        return linear_eval.setting_of(args, "simclr", 5000)
+        return setting(CONFIG, "--protocol", "paper", *flags, n=5000)
 
     assert of() == paper and "batch 4096, lr 1.6, 90 epochs (SimCLR appendix B.6" in capsys.readouterr().out
     assert of("--epochs", "1", "--lr", "0.5") == paper._replace(epochs=1, lr=0.5)
@@ -284,8 +350,9 @@ def test_the_published_protocol_learns_and_follows_its_schedule(method, monkeypa
     how = linear_eval.PUBLISHED[method]._replace(batch_size=30, epochs=20)  # two steps an epoch
     if method == "simsiam":
         how = how._replace(batch_size=60, lr=200.0)  # one step; the published 1.6 is for 28,000 steps, not 20
+    how = how._replace(lr=0.01) if how.optimizer == "rmsprop" else how
     total, rates, made = 20 * 60 // how.batch_size, [], []
-    for owner, name in ((torch.optim, "SGD"), (common, "LARS")):
+    for owner, name in ((torch.optim, "SGD"), (torch.optim, "RMSprop"), (common, "LARS")):
 
         class Watched(getattr(owner, name)):
             def __init__(self, params, **flags):
@@ -301,15 +368,19 @@ def test_the_published_protocol_learns_and_follows_its_schedule(method, monkeypa
     views = data.views
     data.views = lambda *a: (scales.update(scale for _, scale in a[1]), views(*a))[1]
     classifier = fit(Recorder(), data, how)
-    assert scales == {(0.2 if method == "supcon" else 0.08, 1.0)}
+    assert scales == {(how.crop, 1.0)}
     h = common.embed(Recorder(), little_data(), CONFIG)
     assert (classifier(h).argmax(1) == data.labels).float().mean() > 0.95
     name, flags = made[0]
-    assert name == ("LARS" if method == "simsiam" else "SGD") and flags.get("weight_decay", 0) == how.weight_decay
-    assert flags.get("momentum", 0.9) == 0.9 and flags.get("nesterov", False) == (method in ("simclr", "byol"))
+    kinds = {"sgd": "SGD", "nesterov": "SGD", "larc": "LARS", "rmsprop": "RMSprop"}
+    assert name == kinds[how.optimizer] and flags["weight_decay"] == how.weight_decay and flags["momentum"] == 0.9
+    assert flags.get("nesterov", False) == (method in ("simclr", "byol"))
     if method in ("moco", "supcon"):
         drops, factor = ([0.6, 0.8], 0.1) if method == "moco" else ([0.6, 0.75, 0.9], 0.2)
         expected = [how.lr * factor ** sum(step // 2 >= 20 * at for at in drops) for step in range(total)]
+    elif method == "supcon of length 1":  # 40 steps stand for 90 epochs
+        at = [90 * step / total for step in range(total)]
+        expected = [how.lr * min(1, (e + 90 / total) / 12) * 0.97 ** max(0, int(2 * e - 24)) for e in at]
     else:
         expected = [how.lr * 0.5 * (1 + math.cos(math.pi * step / total)) for step in range(total)]
     assert all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in zip(rates, expected, strict=True))
@@ -345,7 +416,7 @@ def test_fine_tuning_is_sgd_on_every_weight():
     linear = torch.nn.Linear(4, 3)  # as the fit draws its own
     torch.nn.init.normal_(linear.weight, std=0.01)
     torch.nn.init.zeros_(linear.bias)
-    how = linear_eval.FINETUNING["simclr"]._replace(epochs=1, lr=0.5, batch_size=60)
+    how = linear_eval.FINETUNING["simclr 10%"]._replace(epochs=1, lr=0.5, batch_size=60)
     tuned = fit(network, little_data(), how, tune=True)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(images.seed_of(0, 0)))
     F.cross_entropy(linear(start(record.shown[-1])), little_data().labels[order]).backward()
