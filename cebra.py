@@ -3,33 +3,34 @@
 Schneider, Lee, Mathis, Nature 2023, https://arxiv.org/abs/2204.00673
 
 CEBRA is SimCLR's idea on a time series. s_t is the activity of n neurons around time t, and c_t is the behaviour at t.
-A step draws N times t, a positive t+ for each t, and N negatives t_j, which all t share. Negatives are uniform in time.
+A step draws N times t, a positive t+ for each t, and N negatives t_j that all t share. The negatives are uniform over
+the times that t can have. (With positives by time, t + offset has to be in the recording.)
 
     x = f(s_t)    y+ = f(s_t+)    y_j = f(s_tj)
-    psi(x, y) = x . y / tau, where |x| = |y| = 1; or -|x - y|^2 / tau, where x and y lie anywhere
+    psi(x, y) = x . y / tau, or -|x - y|^2 / tau, where |x| = |y| = 1; the second works at any length, too
     L = mean over t of [ -psi(x, y+) + log sum over j of exp psi(x, y_j) ]         (Methods, generalised InfoNCE)
 
     --mode        t+, the positive of t
     time          t + offset
-    behavior      the time whose c is nearest to c_t + (c_(t'+offset) - c_t'), where t' is uniform: a change that occurs
+    behavior      the time whose c is nearest to c_t + (c_(t'+offset) - c_t'), the change at a uniform time t'
                   (with labels, t+ has the label of t; with labels alone, t+ is any time that has the label of t)
     hybrid        one positive of each kind; L is the mean of their two losses
 
     paper                      here                        flag
     f                          model.backbone              --encoder, --hidden-dim, --embedding-dim
     s_t, c_t                   spikes, behavior, labels    --data
-    psi, tau                   info_nce                    --similarity, --temperature, --learn-temperature
+    psi, tau                   info_nce                    --similarity, --sphere, --temperature, --learn-temperature
     q, p                       Sampler                     --negatives, --mode
 
     python cebra.py                                        the demo: a rat on a track, two CPU cores
     python cebra.py --data FILE.npz --mode time --embedding-dim 8
 
-FILE.npz needs `spikes`; modes other than time need `behavior`, `labels` or both. The demo decodes the rat's position on
-160 cm of track: the median error is 2.5 to 2.7 cm from z, 7.2 cm from PCA of as many dimensions, and 53 cm of a guess
-(five seeds; EPYC).
+FILE.npz needs `spikes`; the modes behavior and hybrid also need `behavior`, `labels` or both. The demo decodes the
+rat's position on 160 cm of track. The median error is 2.5 to 2.7 cm from z, 7.2 cm from PCA with as many dimensions,
+and 53 cm for a guess (five seeds; EPYC).
 
 The authors' code differs in two ways. With labels, it draws t and t_j balanced over the labels. In hybrid mode, it adds
-the two losses, and behaviour's loss sees the first three dimensions of z only.
+the two losses, and its loss for behaviour sees only the first three dimensions of z.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from torch import Tensor, nn
 import common
 from common import Flags
 from images import InputError, ensure, explain, seed_of
-from recordings import Recording, compare, load, pad, picture
+from recordings import Recording, as_array, compare, load, pad, picture
 
 DEMO = dict(epochs=20, lr=0.01, temperature=0.2)  # ours: 740 steps, a minute on two CPU cores
 
@@ -59,22 +60,23 @@ class Config(Flags):
     PRESETS = {"paper": {}, "demo": DEMO}
     PRESET_OF = {"track": "demo"}
 
-    data: str = "track"  # track (a simulated rat), or an .npz of spikes (T, n), behavior (T, k), labels (T,)
+    data: str = "track"  # track (a simulated rat), or an .npz file of spikes (T, n), behavior (T, k), labels (T,)
     mode: Literal["time", "behavior", "hybrid"] = "behavior"  # what makes a positive: time, behaviour, or one of each
-    time_offset: int = 10  # samples from t to its positive by time, and from the start to the end of a change
-    negatives: Literal["uniform", "label"] = "uniform"  # uniform in time; label: a step's times all have one label
-    shuffle: bool = False  # a control: train on behaviour and labels in another order; decoding keeps their order
-    encoder: Literal["conv", "mlp"] = "conv"  # conv sees ten samples (offset10-model), mlp sees one (offset1-model)
-    hidden_dim: int = 32  # width of the hidden layers (the notebooks)
-    embedding_dim: int = 3  # d, the width of z; the paper has 3 to 32
-    similarity: Literal["cosine", "euclidean"] = "cosine"  # cosine, z on the sphere; or minus the squared distance
-    temperature: float = 1.0  # tau (the package's default); where it starts, if it is learnt
-    learn_temperature: bool = False  # train the logarithm of tau, too
-    min_temperature: float = 0.1  # a learnt tau stays at or above this value (the package's default)
-    epochs: int = 667  # passes of T / N steps; 667 are 10,000 steps on the paper's rat; 0 writes untrained weights
-    batch_size: int = 512  # N: times in a step, and negatives
+    time_offset: int = 10  # samples from a time to its positive; for behavior, from the start to the end of a change
+    negatives: Literal["uniform", "label"] = "uniform"  # uniform: any time; label: all times of a step share one label
+    shuffle: bool = False  # a control: train with behaviour and labels shuffled; decoding keeps their true order
+    encoder: Literal["conv", "mlp"] = "conv"  # conv sees 10 samples (offset10-model), mlp sees 1 (offset1-model)
+    hidden_dim: int = 32  # width of the hidden layers (the authors' notebooks)
+    embedding_dim: int = 3  # d, the width of an embedding z (the paper: 3 to 32)
+    similarity: Literal["cosine", "euclidean"] = "cosine"  # the cosine, or minus the squared distance
+    sphere: bool = True  # scale z to length 1; euclidean may do without (the authors' models *-mse)
+    temperature: float = 1.0  # tau, or where a learnt tau starts (the package's default; a notebook for time: 1.12)
+    learn_temperature: bool = False  # train the temperature, too, by its logarithm
+    min_temperature: float = 0.1  # a learnt temperature stays at or above this (the package's default)
+    epochs: int = 667  # passes over the training samples; 667 are 10,000 steps on the paper's rat; 0: no training
+    batch_size: int = 512  # time points in a step, N, and as many negatives
     lr: float = 3e-4  # Adam's learning rate, constant
-    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive is this file's, the others kernels/'s
+    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
     seed: int = 0  # seed of the weights and of the times drawn; the track has a fixed seed of its own
     device: str = "auto"  # any torch device; auto is cuda where there is a GPU, else cpu
     out: str = "runs/cebra"  # folder of the run; if it holds a run, a new one beside it, such as runs/cebra-2
@@ -82,7 +84,8 @@ class Config(Flags):
     def check(self) -> None:
         self.need("time_offset > 0", "hidden_dim > 1", "embedding_dim > 0", "batch_size > 0", "lr > 0")
         self.need("temperature > 0", "min_temperature > 0", "temperature >= min_temperature or not learn_temperature")
-        self.need("embedding_dim > 1 or similarity == 'euclidean'")  # the sphere in one dimension is two points
+        self.need("embedding_dim > 1 or not sphere")  # the sphere in one dimension is two points
+        self.need("sphere or similarity == 'euclidean'")
         self.need("loss_backend in ('auto', 'naive') or similarity == 'cosine'")
         used = self.learn_temperature or self.min_temperature == Config.min_temperature
         ensure(used, "--min-temperature: needs --learn-temperature; else leave it out")
@@ -97,15 +100,13 @@ class Groups:
         self.first = self.count.cumsum(0) - self.count
 
     def draw(self, g: Tensor) -> Tensor:
-        """For each of the groups g (N,) one of its times, uniformly."""
+        """One time, drawn uniformly, from each of the groups g (N,)."""
         return self.order[self.first[g] + (torch.rand(len(g), dtype=torch.float64) * self.count[g]).long()]
 
 
 class Sampler:
     """Draws the times of a step. `draw(n)` returns t, the negatives t_j, and the positives t+ of each loss, (n,) each.
-
-    Raises `InputError` if the recording lacks what the config asks for.
-    """
+    Raises `InputError` if the recording lacks what the config asks for."""
 
     def __init__(self, config: Config, recording: Recording) -> None:
         (spikes, behavior, labels, _), self.mode, self.offset = recording, config.mode, config.time_offset
@@ -124,10 +125,10 @@ class Sampler:
             label, behavior = label[order], behavior[order]
         self.pool = torch.zeros_like(label) if uniform else label
         self.last = samples - self.offset * (self.mode != "behavior")  # times from here on have no positive by time
-        self.times, self.negatives = Groups(self.pool[: self.last]), Groups(self.pool)
+        self.times = Groups(self.pool[: self.last])  # the times that t and t_j can have
         if by_time:
             return
-        far = 1 + 4 * (behavior.amax(0) - behavior.amin(0)).norm()  # no change is so large: the same label is nearer
+        far = 1 + 4 * (behavior.amax(0) - behavior.amin(0)).norm()  # above any change, so the same label is nearer
         context = torch.cat([far * label[:, None], behavior], 1)  # (T, 1 + k)
         self.contexts, self.context_of = context.unique(dim=0, return_inverse=True)  # sorted
         self.alike = Groups(self.context_of)
@@ -139,18 +140,18 @@ class Sampler:
         t = self.times.draw(g)
         by_behavior = [self.by_behavior(t)] if self.mode != "time" else []
         by_time = [t + self.offset] if self.mode != "behavior" else []
-        return [t, self.negatives.draw(g), *by_behavior, *by_time]
+        return [t, self.times.draw(g), *by_behavior, *by_time]
 
     def by_behavior(self, t: Tensor) -> Tensor:
         wanted = self.contexts[self.context_of[t]] + self.change[torch.randint(len(self.change), t.shape)]
         return self.alike.draw(self.nearest(wanted))
 
     def nearest(self, wanted: Tensor) -> Tensor:
-        """The index (N,) of the context nearest to each of the wanted ones (N, 1 + k)."""
+        """For each wanted context (N, 1 + k), the index (N,) of the nearest context that occurs."""
         if wanted.shape[1] > 2:
             exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
             return torch.cat([torch.cdist(w, self.contexts, **exact).argmin(1) for w in wanted.split(64)])
-        key, wanted = self.contexts.sum(1), wanted.sum(1)  # one column of behaviour: a line, on which labels are apart
+        key, wanted = self.contexts.sum(1), wanted.sum(1)  # one column of behaviour: a line, labels far apart
         right = torch.searchsorted(key, wanted).clamp(1, len(key) - 1)
         return right - (wanted - key[right - 1] < key[right] - wanted).long()
 
@@ -175,10 +176,8 @@ class Skip(Conv):
 
 
 class CEBRA(nn.Module):
-    """The encoder f, and tau. One z (d,) is made of `field` samples: 10, or 1 for the mlp.
-
-    `model(s)` is z (N, L - field + 1, d) of spikes (N, L, n); `model.embed(spikes)` is z (T, d) of a recording (T, n).
-    """
+    """The encoder f, and tau. Each z (d,) sees `field` samples: 10, or 1 for the mlp. `model(s)` is z (N, L + 1 -
+    field, d) of spikes (N, L, n). `model.embed(spikes)` is z (T, d) of a recording (T, n), or raises `InputError`."""
 
     def __init__(self, config: Config, neurons: int) -> None:
         super().__init__()
@@ -191,7 +190,8 @@ class CEBRA(nn.Module):
             layers += [nn.Linear(h, h // 2), nn.GELU(), nn.Linear(h // 2, d)]
         self.neurons = neurons
         self.backbone, self.field = nn.Sequential(*layers), 10 if config.encoder == "conv" else 1
-        self.sphere, self.most = config.similarity == "cosine", 1 / config.min_temperature
+        self.sphere, self.cosine = config.sphere, config.similarity == "cosine"
+        self.most = 1 / config.min_temperature
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)), config.learn_temperature)
 
     @property
@@ -205,7 +205,8 @@ class CEBRA(nn.Module):
 
     @torch.no_grad()
     def embed(self, spikes: Any) -> Tensor:
-        spikes, piece = torch.as_tensor(spikes, dtype=self.log_scale.dtype, device=self.log_scale.device), 4096
+        spikes, piece = torch.as_tensor(as_array(spikes, "spikes", "embed")).to(self.log_scale), 4096
+        ensure(spikes.shape[1] == self.neurons, f"embed: spikes must be (T, {self.neurons}), got {tuple(spikes.shape)}")
         s = pad(spikes, self.field)[None]
         return torch.cat([self(s[:, i : i + piece + self.field - 1])[0] for i in range(0, len(spikes), piece)])
 
@@ -213,7 +214,7 @@ class CEBRA(nn.Module):
 def info_nce(z: Tensor, positive: Tensor, negatives: Tensor, tau: float | Tensor, cosine: bool = True) -> Tensor:
     """Mean over t of -psi(x, y+) + log sum over j of exp psi(x, y_j). The sum leaves the positive out.
 
-    z, positive: (N, d); negatives: (M, d); for `cosine` of unit length. This naive loss builds the N x M matrix.
+    z, positive: (N, d); negatives: (M, d); `cosine` needs unit length. This naive loss builds the N x M matrix.
     """
     if cosine:
         s_pos, s_neg = (z * positive).sum(1), z @ negatives.T  # (N,), (N, M)
@@ -230,7 +231,7 @@ def loss_of(model: CEBRA, s: Tensor, drawn: list[Tensor], backend: str) -> Tenso
     z, negatives, *positives = model(windows).squeeze(1).chunk(len(drawn))  # (N, d) each
     tau = model.temperature
     if backend == "naive":
-        each = [info_nce(z, positive, negatives, tau, model.sphere) for positive in positives]
+        each = [info_nce(z, positive, negatives, tau, model.cosine) for positive in positives]
     else:  # without the N x N matrix
         lse = common.kernels.cosine_logsumexp(z, negatives, temperature=tau, backend=backend)
         each = [(lse - (z * positive).sum(1) / tau).mean() for positive in positives]
@@ -262,11 +263,11 @@ def train(config: Config, data: dict[str, Any] | None = None) -> dict[str, Any]:
     save(config, model, rows)
 
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{config.out}: cebra by the paper's recipe, but {' '.join(flags) or 'nothing'}")
-    print(f"data      {config.data}: {recording.describe()}; the first {len(first.spikes):,} samples train")
-    print(f"steps     {steps:,} of batch {n} an epoch, {steps * config.epochs:,} in all, on {device}")
+    print(f"{config.out}: cebra; the paper's recipe with {' '.join(flags) or 'no changes'}")
+    print(f"data      {config.data}: {recording.describe()}; training uses the first {len(first.spikes):,} samples")
+    print(f"steps     {steps:,} of batch size {n} an epoch, {steps * config.epochs:,} in all, on {device}")
     print(f"network   {config.encoder}, {size:,} parameters, z {config.embedding_dim}-d; Adam, lr {config.lr:g}")
-    print(f"loss      info_nce, {backend}; of a guess log N = {guess:.3f}", flush=True)
+    print(f"loss      info_nce, {backend}; the loss of a guess log N = {guess:.3f}", flush=True)
     s = pad(first.spikes.to(device), model.field)
     for epoch in range(1, config.epochs + 1):
         started, total = time.monotonic(), torch.zeros((), device=device)
@@ -287,7 +288,7 @@ def train(config: Config, data: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def save(config: Config, model: CEBRA, rows: list[tuple]) -> None:
-    """Write checkpoint.pt for `common.load_run`, config.json and log.csv. What is not finite raises `RunFailure`."""
+    """Write checkpoint.pt for `common.load_run`, config.json, log.csv; raise `RunFailure` if a number is not finite."""
     out, weights = Path(config.out), model.state_dict()
     if not all(math.isfinite(row[1]) for row in rows) or not all(x.isfinite().all() for x in weights.values()):
         kept = f"give a smaller --lr; {out} keeps the last good checkpoint"
@@ -301,7 +302,7 @@ def save(config: Config, model: CEBRA, rows: list[tuple]) -> None:
 
 
 def finish(config: Config, recording: Recording, model: CEBRA, backend: str, rows: list[tuple]) -> dict[str, Any]:
-    """Measure the loss and the decoding on the samples held out; write embedding.npz and embedding.png."""
+    """Measure the loss and the decoding on the held-out samples; write embedding.npz and embedding.png."""
     n, out, parts, guess = config.batch_size, Path(config.out), recording.split(), math.log(config.batch_size)
     last, metrics = parts[2], {"loss": rows[-1][1], "goodness of fit": rows[-1][2]} if rows else {}
     try:
@@ -314,7 +315,7 @@ def finish(config: Config, recording: Recording, model: CEBRA, backend: str, row
     fits = {name: value for name, value in metrics.items() if name != "loss"}
     for name, value in fits.items():
         print(f"{name}: {value:.2f} bits (log2 N - loss)")
-    if rows and min(fits.values()) <= 0:
+    if rows and min(fits.values()) < 0.002 * math.log2(n):  # less is noise
         print(f"warning: {min(fits.values()):.2f} bits is no better than a guess, whose loss is log N = {guess:.3f}")
     metrics |= compare([model.embed(part.spikes).cpu() for part in parts], parts, model.field)
     z = model.embed(recording.spikes).cpu()

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -106,7 +105,7 @@ def test_time_positives_and_uniform_times():
     t, negatives, positives = sampler(mode="time", time_offset=7).draw(DRAWS)
     assert torch.equal(positives, t + 7)
     follows(t, [1 / 293] * 293 + [0] * 7)
-    follows(negatives, [1 / 300] * 300)
+    follows(negatives, [1 / 293] * 293 + [0] * 7)  # as in the authors' TimeContrastive: [0, T - offset)
     assert abs(torch.corrcoef(torch.stack([t, negatives]).double())[0, 1]) < 0.03
 
 
@@ -172,9 +171,9 @@ def test_negatives_of_a_label_with_positives_by_time():
 
 def test_hybrid_draws_both():
     torch.manual_seed(0)
-    _, _, by_behavior, by_time = sampler(np.arange(300.0)[:, None], mode="hybrid", time_offset=3).draw(100)
+    _, negatives, by_behavior, by_time = sampler(np.arange(300.0)[:, None], mode="hybrid", time_offset=3).draw(100)
     t = by_time - 3
-    assert (t >= 0).all() and (by_time < 300).all()
+    assert (t >= 0).all() and (by_time < 300).all() and (negatives < 297).all()
     assert ((by_behavior - t == 3) | (by_behavior == 299)).all()  # every change is 3 here
 
 
@@ -272,7 +271,7 @@ def test_decoding_by_hand():
 
 
 BAD = {
-    "no_such.npz": (None, "No such file"),
+    "no_such.npz": (None, "no such file"),
     "text.npz": ("hello", "no .npz file"),
     "other.npz": ({"rates": np.zeros((300, 2))}, "has rates, but no spikes"),
     "flat.npz": ({"spikes": np.zeros(300)}, "spikes must be"),
@@ -280,9 +279,22 @@ BAD = {
     "uneven.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.zeros((299, 1))}, "behavior must be"),
     "nan.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.full((300, 1), np.nan)}, "not finite"),
     "words.npz": ({"spikes": np.full((300, 2), "a")}, "must be numbers"),
-    "unique.npz": ({"spikes": np.zeros((300, 2)), "labels": np.arange(300)}, "give them as behavior"),
+    "unique.npz": (
+        {"spikes": np.zeros((300, 2)), "labels": np.arange(300)},
+        "labels nearly all differ; give them as behavior",
+    ),
     "still.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.zeros((300, 1))}, "behavior and labels never change"),
-    "objects.npz": ({"spikes": np.array([{}, {}], dtype=object)}, "no .npz file"),
+    "words_as_objects.npz": (
+        {"spikes": np.zeros((300, 2)), "labels": np.array(["a", "b"] * 150, object)},
+        "labels=words.astype",
+    ),
+    "turned.npz": ({"spikes": np.zeros((2, 300))}, r"only 2 samples; .* give spikes.T"),
+    "half_turned.npz": (
+        {"spikes": np.zeros((300, 250)), "behavior": np.zeros((2, 300))},
+        r"behavior must be .*spikes.T",
+    ),
+    "complex.npz": ({"spikes": np.zeros((300, 2), complex)}, "must be numbers, got complex"),
+    "dates.npz": ({"spikes": np.zeros((300, 2)), "labels": np.zeros(300, "datetime64[D]")}, "must be numbers or words"),
 }
 
 
@@ -300,35 +312,27 @@ def test_bad_files_are_one_line(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        ({"embedding_dim": 1}, "--embedding-dim 1"),
-        ({"min_temperature": 0.2}, "needs --learn-temperature"),
-        ({"learn_temperature": True, "temperature": 0.05}, "give --temperature >= --min-temperature"),
-        ({"temperature": 0.0}, "--temperature 0.0"),
-        ({"embedding_dim": 0, "similarity": "euclidean"}, "--embedding-dim 0"),
-        ({"similarity": "euclidean", "loss_backend": "blocked"}, "--loss-backend blocked"),
-        ({"mode": "time", "shuffle": True}, "--shuffle"),
-        ({"hidden_dim": 0}, "--hidden-dim 0"),
-        ({"time_offset": 10_000}, "--time-offset 10000"),
-        ({"time_offset": 0}, "--time-offset 0"),
-        ({"mode": "places"}, "--mode places"),
-    ],
-)
+@pytest.mark.parametrize("given, words", [
+    ({"embedding_dim": 1}, "--embedding-dim 1"), ({"sphere": False}, "--no-sphere"),
+    ({"min_temperature": 0.2}, "needs --learn-temperature"),
+    ({"learn_temperature": True, "temperature": 0.05}, "give --temperature >= --min-temperature"),
+    ({"temperature": 0.0}, "--temperature 0.0"),
+    ({"embedding_dim": 0, "similarity": "euclidean", "sphere": False}, "--embedding-dim 0"),
+    ({"similarity": "euclidean", "loss_backend": "blocked"}, "--loss-backend blocked"),
+    ({"mode": "time", "shuffle": True}, "--shuffle"), ({"hidden_dim": 0}, "--hidden-dim 0"),
+    ({"time_offset": 10_000}, "--time-offset 10000"), ({"time_offset": 0}, "--time-offset 0"),
+    ({"mode": "places"}, "--mode places"),
+])  # fmt: skip
 def test_bad_flags_are_one_line(given, words, track, tmp_path):
     with pytest.raises(InputError, match=words):
         cebra.train(config(**given, out=str(tmp_path)), data=track)
 
 
-@pytest.mark.parametrize(
-    "left, given, words",
-    [
-        (["labels"], {"negatives": "label"}, "no two labels; give uniform"),
-        (["behavior"], {"negatives": "label"}, "needs behavior that changes; give uniform"),
-        (["labels", "behavior"], {}, "never change; give time"),
-    ],
-)
+@pytest.mark.parametrize("left, given, words", [
+    (["labels"], {"negatives": "label"}, "no two labels; give uniform"),
+    (["behavior"], {"negatives": "label"}, "needs behavior that changes; give uniform"),
+    (["labels", "behavior"], {}, "never change; give time"),
+])  # fmt: skip
 def test_what_the_data_cannot_give(left, given, words, track, tmp_path):
     with pytest.raises(InputError, match=words):
         cebra.train(config(**given, out=str(tmp_path)), {name: x for name, x in track.items() if name not in left})
@@ -337,16 +341,11 @@ def test_what_the_data_cannot_give(left, given, words, track, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize(
-    "given, left",
-    [
-        ({}, []),
-        ({"mode": "time"}, ["behavior", "labels"]),
-        ({"mode": "hybrid", "encoder": "mlp"}, ["labels"]),
-        ({"similarity": "euclidean", "embedding_dim": 2}, ["behavior"]),
-        ({"negatives": "label", "learn_temperature": True}, []),
-    ],
-)
+@pytest.mark.parametrize("given, left", [
+    ({}, []), ({"mode": "time"}, ["behavior", "labels"]), ({"mode": "hybrid", "encoder": "mlp"}, ["labels"]),
+    ({"similarity": "euclidean", "sphere": False, "embedding_dim": 1}, ["behavior"]),
+    ({"negatives": "label", "learn_temperature": True}, []),
+])  # fmt: skip
 def test_a_run(given, left, track, tmp_path, capsys):
     data = {name: x for name, x in track.items() if name not in left} | {"more": np.zeros(3)}
     metrics = cebra.train(config(**given, epochs=3, batch_size=64, out=str(tmp_path)), data)
@@ -389,11 +388,95 @@ def test_labels_are_told_as_they_were_given(track, tmp_path, capsys):
         assert np.array_equal(file["labels"], labels)
 
 
-def test_columns_that_do_not_change_count_for_no_r2(tmp_path):
+MASK = np.ma.masked_array(np.ones((300, 2)), mask=np.arange(600).reshape(300, 2) == 7)
+
+
+@pytest.mark.parametrize("key, given", [
+    ("spikes", MASK), ("spikes", [*MASK]), ("behavior", MASK[:, 1]), ("labels", MASK[:, 1].astype(int)),
+    ("spikes", np.full((300, 2), 1e39)), ("behavior", torch.full((300,), torch.nan)), ("spikes", None),
+    ("labels", [None, "a"] * 150),
+])  # fmt: skip
+def test_what_is_masked_missing_or_too_large_is_one_line(key, given):
+    with (
+        pytest.raises(InputError, match="masked or not finite|but no spikes|must be numbers or words"),
+        np.errstate(all="ignore"),
+    ):
+        recordings.load({"spikes": np.ones((300, 2)), key: given})
+    words = [np.str_(w) for w in "ab" * 150]
+    for labels in (np.array(words, object), np.array([1, 2] * 150, object), torch.arange(300) % 2):
+        assert len(recordings.load({"spikes": np.eye(300, 2), "labels": labels}).values) == 2
+
+
+@pytest.mark.parametrize("still", [[1], [0, 1], [2]])
+def test_behavior_that_stands_still_at_the_end_is_left_out_and_named(still, tmp_path, capsys):
+    """At numbers such as 0.1, whose mean is rounded: their variance is not exactly 0."""
     t = np.arange(400.0)
-    behavior = np.stack([t % 20, np.minimum(t, 200)], 1)
+    behavior = np.stack([t % 20, np.sin(t / 9), np.cos(t)], 1)
+    behavior[300:, still] = 0.1 + 1e-9 * (t[300:, None] % 2)
+    if still == [2]:  # and in training, too
+        behavior[:300, still] = 0.3
     metrics = cebra.train(config(epochs=1, out=str(tmp_path)), {"spikes": behavior, "behavior": behavior})
-    assert math.isfinite(metrics["R2 of z, 3-d"]) and "R2 of PCA of 1 sample, 2-d" in metrics
+    assert -50 < metrics["R2 of z, 3-d"] <= 1 and "R2 of PCA of 1 sample, 3-d" in metrics
+    assert f"note: column {still} of behavior is left out: it stands still at the end" in capsys.readouterr().out
+    alone = {"spikes": behavior, "behavior": behavior[:, still]}
+    assert "R2 of z, 3-d" not in cebra.train(config(epochs=1, mode="time", out=str(tmp_path)), alone)
+
+
+@pytest.mark.parametrize("labels, unseen", [(["a", "b"], ["home"]), ([3, 5], [9]), ([0.5, 1.5], [2.5])])
+def test_labels_of_the_held_out_part_that_training_never_saw_are_named(labels, unseen, tmp_path, capsys):
+    labels = np.array([*labels * 100, *unseen * 10])
+    given = {"spikes": np.random.default_rng(0).normal(size=(210, 4)), "labels": labels}
+    cebra.train(config(epochs=1, batch_size=64, out=str(tmp_path)), given)
+    assert f"note: training has not seen label {unseen} of the held-out part" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "scale, shift, told", [(1, 0, False), (1e-3, 0, True), (1e4, 0, True), (1, 100, True), (9, 9, False)]
+)
+def test_spikes_in_other_units_are_told(scale, shift, told, track, capsys):
+    recordings.load(track | {"spikes": scale * track["spikes"] + shift})
+    assert ("note: data: spikes have mean" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(
+    "scales, told", [([1, 1], False), ([1, 360], True), ([1e-6, 1], True), ([0, 1], False), ([5], False)]
+)
+def test_behavior_in_unlike_units_is_told(scales, told, track, capsys):
+    behavior = np.random.default_rng(0).random((3200, len(scales))) * scales
+    recordings.load({"spikes": track["spikes"], "behavior": behavior})
+    assert ("bring its columns to one scale" in capsys.readouterr().out) == told
+
+
+def test_more_neurons_than_samples_are_told(capsys):
+    for wide, deep in ((300, 200), (200, 300), (201, 200)):
+        recordings.load({"spikes": np.random.default_rng(0).normal(size=(deep, wide))})
+        assert ("if time is their second axis, give spikes.T" in capsys.readouterr().out) == (wide > deep)
+
+
+@pytest.mark.parametrize("spikes, words", [
+    (np.zeros((50, 4)), r"must be \(T, 5\), got \(50, 4\)"),
+    (np.zeros(50), r"must be \(T, n\), got \(50,\)"),
+    (np.full((50, 5), np.nan), "not finite"),
+    (torch.full((50, 5), torch.inf), "not finite"),
+    (np.ma.masked_less(np.arange(250).reshape(50, 5), 3), "masked"),
+    ([["a"] * 5] * 50, "must be numbers"),
+    ([[0.0] * 5, [0.0] * 4], "give numbers"),
+])  # fmt: skip
+def test_embed_takes_only_spikes_of_the_neurons_it_was_trained_on(spikes, words):
+    with pytest.raises(InputError, match=words):
+        cebra.CEBRA(config(), 5).embed(spikes)
+
+
+def test_on_the_sphere_the_squared_distance_is_two_minus_twice_the_cosine():
+    """The authors' euclidean distance with offset10-model, whose z has length 1: psi = (2 x . y - 2) / tau."""
+    torch.manual_seed(0)
+    for sphere in (True, False):
+        model = cebra.CEBRA(config(similarity="euclidean", sphere=sphere), 6)
+        z = model(torch.rand(20, 10, 6)).squeeze(1)
+        assert torch.allclose(z.norm(dim=1), torch.ones(20)) == sphere
+        if sphere:
+            ours, theirs = cebra.info_nce(z, z[:1], z[5:], 0.3, False), cebra.info_nce(z, z[:1], z[5:], 0.15)
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_words_may_come_as_objects_and_missing_labels_are_refused():
@@ -439,7 +522,7 @@ def test_a_run_that_learns_nothing_says_so(track, tmp_path, capsys):
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(track, tmp_path):
-    given = {"lr": 1e18, "similarity": "euclidean", "epochs": 3, "batch_size": 64}
+    given = {"lr": 1e18, "similarity": "euclidean", "sphere": False, "epochs": 3, "batch_size": 64}
     with pytest.raises(common.RunFailure, match="is not finite; give a smaller --lr; .* keeps the last good"):
         cebra.train(config(**given, out=str(tmp_path)), track)
     model = common.load_run(tmp_path)[1]
@@ -469,7 +552,7 @@ def test_triton_without_a_gpu_is_one_line(track, tmp_path):
 
 
 def test_without_matplotlib_there_is_no_picture(track, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(recordings.importlib.util, "find_spec", lambda name: None)
     cebra.train(config(epochs=1, out=str(tmp_path)), track)
     assert "no embedding.png: matplotlib is not installed" in capsys.readouterr().out
     assert (tmp_path / "embedding.npz").exists()
