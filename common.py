@@ -68,14 +68,13 @@ def share() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...). If each process computes the loss of
-    all rows, the gradient of its own is W times as large here, because DDP takes the mean over the processes."""
+    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...), for a loss that each takes whole."""
     rank, world = share()
     if world == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[rank] = x + (world - 1) * (x - x.detach()) if x.requires_grad else x
+    parts[rank] = x + (world - 1) * (x - x.detach()) if x.requires_grad else x  # W gradients: DDP takes their mean
     return torch.stack(parts, 1).flatten(0, 1)
 
 
@@ -97,7 +96,7 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(kw_only=True)
 class Flags:
-    """A script's flags: a line of a `Config` that inherits this class is one, and the comment beside it is its help."""
+    """A script's flags: each line of a `Config` that inherits this class is a flag, and its comment is the help."""
 
     PRESET_OF: ClassVar[dict[str, str]] = {"shapes": "demo", "cifar10": "cifar", "cifar100": "cifar", "stl10": "paper"}
 
@@ -109,7 +108,7 @@ class Flags:
                 ok = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= sys.maxsize
                 ok, rule = ok and kind(value) == value, f"a {'whole ' * (kind is int)}number, 0 or more, below 2^63"
             ensure(ok, f"{dashed(name)} {value}: give {rule}")
-            setattr(self, name, value if choices else kind(value))
+            setattr(self, name, value if choices else os.path.expanduser(value) if kind is str else kind(value))
         self.check()
 
     def need(self, *rules: str) -> None:
@@ -132,7 +131,7 @@ class Flags:
 
 @dataclass(kw_only=True)
 class RunConfig(Flags):
-    """The flags of every method for images. A `Config` adds its own, and PRESETS. --resume may change MAY_CHANGE."""
+    """The flags that all methods for images share; a `Config` adds its own. --resume may change those in MAY_CHANGE."""
 
     MAY_CHANGE = ("epochs", "lr", "data", "data_dir", "resident_gb", "device", "workers", "compile", "loss_backend")
     MAY_CHANGE += ("micro_batch_size", "knn_every", "save_minutes", "tensorboard")
@@ -244,7 +243,7 @@ def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Mod
 
 
 class Network(nn.Module):
-    """The model under autocast; gives a tuple of float32. Backward embeds pieces once more (arXiv:2101.06983)."""
+    """The model under autocast; outputs are float32. The backward pass embeds pieces once more (arXiv:2101.06983)."""
 
     def __init__(self, model: nn.Module, config: RunConfig, device: torch.device) -> None:
         super().__init__()
@@ -279,9 +278,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888): g <- g + weight_decay w; rate = trust |w| /
-    |g| (1 where either is 0, or where the group has `adapt` False); SimCLR: v <- momentum v + lr rate g, w <- w - v;
-    BYOL and SwAV (`lr_in_momentum=False`): v <- momentum v + rate g, w <- w - lr v."""
+    """LARS (You et al. 2017, arXiv:1708.03888): g <- g + weight_decay w; rate = trust |w| / |g|, or 1 if either is 0 or
+    `adapt` False; v <- momentum v + lr rate g, w <- w - v; without `lr_in_momentum` lr moves: w <- w - lr v."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, lr_in_momentum=True):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=True)
@@ -324,7 +322,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 
 
 def health(z: Tensor) -> tuple[float, float, float]:
-    """Of z (N, d) at length 1: a channel's mean std, the effective rank (Roy & Vetterli 2007), rows' mean cosine^2."""
+    """For z (N, d) at length 1: a channel's mean std, effective rank (Roy, Vetterli 2007), mean cosine^2 of rows."""
     z, n = F.normalize(z.cpu().double(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
     part = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
@@ -333,7 +331,7 @@ def health(z: Tensor) -> tuple[float, float, float]:
 
 
 def new_folder(out: str, again: bool = False) -> str:
-    """Make and return `out`; where a run is, `out-2`, ..., unless the run goes on `again`. No two runs share one."""
+    """Make and return `out`, or `out-2`, `out-3`, ... if a run is there. With `again` the run goes on in `out`."""
     for number in range(1, sys.maxsize):
         name = str(Path(out)) + f"-{number}" * (number > 1)
         with explain(f"{'--resume' if again else '--out'} {name}", "give another folder"):
@@ -379,8 +377,8 @@ def load_run(folder: str | Path) -> tuple[Any, nn.Module]:
 
 
 class Run:
-    """A run: `begin`, then a step for each of `batches`, ended by `log`, then `finish`. Its number seeds a step, so a
-    resumed run repeats it. `data`: `images.Data`, pictures, (pictures, labels), or None, which loads --data."""
+    """A run: `begin`, then a step for each of `batches`, ended by `log`, then `finish`. A resumed run repeats its
+    steps' draws. `data`: `images.Data`, pictures, (pictures, labels), or None, which loads --data."""
 
     def __init__(self, config: RunConfig, data: Any = None) -> None:
         self.config = c = replace(config)  # a copy: `train` never changes what it was given
@@ -406,7 +404,7 @@ class Run:
         bank = (labels >= min(0, labels.max())).nonzero().squeeze(1)  # labelled images, or all if no image has a label
         self.bank = bank[torch.linspace(0, len(bank) - 1, min(len(bank), 100_000)).long()]  # for kNN and neighbours
         self.steps, self.total, self.shared = there // n, there // n * c.epochs, torch.Generator()  # equal on all ranks
-        self.signal, self.clear = 0, "\r\x1b[K" * sys.stdout.isatty()  # empties a terminal's line of progress
+        self.signal, self.shown, self.clear = 0, -math.inf, "\r\x1b[K" * sys.stdout.isatty()  # empties a line
         torch.manual_seed(seed_of(c.seed))
 
     def loss(self, naive: Callable, across: bool = True) -> Callable:
@@ -479,7 +477,7 @@ class Run:
                 order = torch.randperm(len(self.data.train), generator=self.shared.manual_seed(seed_of(c.seed, epoch)))
                 mine = order[: self.steps * n].view(-1, n)[done:, self.rank :: self.world]  # a row is a step
                 arriving = self.data.train.views(mine, crops, (c.seed, epoch), c.workers)
-                self.shown = self.started = time.monotonic()
+                self.started = time.monotonic()
                 for count, index in enumerate(mine, 1):
                     self.shared.manual_seed(seed_of(c.seed, self.step))
                     torch.manual_seed(seed_of(c.seed, self.step, self.rank))
@@ -508,9 +506,10 @@ class Run:
             torchvision.utils.save_image(torch.cat(views), path, nrow=len(views[0]), pad_value=1)
 
     def between_steps(self, epoch: int, count: int) -> None:
-        """Print the progress once a second, measure at the end of an epoch, save when it is time, stop if asked."""
+        """Print the progress (on a terminal each second, else each minute), measure, save and stop when it is time."""
         c, now, end = self.config, time.monotonic(), self.step % self.steps == 0
-        asked = [[self.signal, 0 < 60 * c.save_minutes < now - self.saved, now - self.shown > 1]]
+        look = now - self.shown > (1 if self.clear else 60)
+        asked = [[self.signal, 0 < 60 * c.save_minutes < now - self.saved, look]]
         stop, save, look = gather(torch.tensor(asked)).amax(0).tolist()  # all processes do the same
         if not (end or stop or save or look):
             return
@@ -522,9 +521,10 @@ class Run:
             self.save()
         if stop:
             raise KeyboardInterrupt(f"stopped after step {self.step}; --resume {c.out} goes on", 128 + stop)
-        if self.clear and not end:
-            left = f"{(self.total - self.step) * c.batch_size / speed / 60:.1f} min left  {speed:,.0f} images/s"
-            print(f"{self.clear}step {self.step:,} of {self.total:,}  loss {loss:.4f}  {left}", end="", flush=True)
+        if not end:
+            whole, left = (steps * c.batch_size / speed / 60 for steps in (self.steps, self.total - self.step))
+            words = f"loss {loss:.4f}  {speed:,.0f} images/s  {whole:.1f} min an epoch, {left:.1f} min left"
+            print(f"{self.clear}step {self.step:,}/{self.total:,}  {words}", end="" if self.clear else "\n", flush=True)
 
     def end_epoch(self, epoch: int, loss: float, speed: float) -> None:
         """Measure h and the output, add a row to the log, print it, and say so if the output has collapsed."""
@@ -564,10 +564,10 @@ class Run:
             knn["a guess"] = test.labels.bincount().max().item() / len(test)
             print(f"kNN top-1 on {len(test):,} held-out images:", ", ".join(f"{k} {v:.3f}" for k, v in knn.items()))
             if knn["h"] <= knn["raw pixels"]:
-                print("warning: h is no better than raw pixels; more epochs, or --init imagenet, may help")
+                print("warning: h is no better than raw pixels; train for 2,000 steps or more, or from --init imagenet")
             last = last | {f"knn {name}": value for name, value in knn.items()} | {"knn_top1": knn["h"]}
-        if self.rows and 0 < self.guess <= last["loss"]:
-            print(f"warning: the loss ended at {last['loss']:.3f}, no lower than a guess's {self.guess:.3f}")
+        if self.rows and 0 < 0.998 * self.guess <= last["loss"]:  # 0.2% is noise
+            print(f"warning: the loss ended at {last['loss']:.3f}, no better than a guess's {self.guess:.3f}")
         self.draw()
         print(f"{c.out}: backbone.pt, neighbours.png, ...; next: python linear_eval.py {c.out}", flush=True)
         return last | {"out": c.out}

@@ -1,7 +1,5 @@
-"""Any set of pictures in, batches of augmented views out. Needs torch, torchvision, Pillow and numpy.
-
-`load` reads `shapes`, a torchvision set or a folder; `Images.views` yields batches of crops; a method's `augment` goes
-on with the operations at the end of this file. Every image has a random draw of its own."""
+"""Any set of pictures in, batches of augmented views out: `load` reads pictures, `Images.views` crops them, and the
+operations at the end are what a method's `augment` does. Every image has a random draw of its own."""
 
 import math
 import os
@@ -12,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import current_process
 from typing import Any
 
@@ -25,8 +24,8 @@ from torchvision.transforms import functional as TF
 
 flip = TF.hflip
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]  # (3, 1, 1), torchvision's
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # Pillow opens no other format, whatever the suffix says
+SUFFIXES = {*".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .tif .tiff .webp .gif .avif".split()}  # noqa: SIM905
+FORMATS = ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"] + ["AVIF"] * bool(find_spec("PIL._avif"))
 SPLITS = (("train", "training"), ("test", "testing"), ("val", "valid", "validation"))  # names of a set's folders
 SMALLEST_SIDE, MOST_PIXELS = 8, 89_000_000  # a smaller picture has nothing to crop; a larger one takes gigabytes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -37,7 +36,6 @@ class InputError(ValueError):
 
 
 def ensure(ok: Any, message: str) -> None:
-    """Raise `InputError` unless `ok`."""
     if not ok:
         raise InputError(message)
 
@@ -54,16 +52,12 @@ def explain(what: str, advice: str, kind: type[Exception] = InputError) -> Itera
 
 
 def reason(error: Exception) -> str:
-    """Why something failed, on one line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or repr(error)
 
 
 def seed_of(*numbers: int) -> int:
     """A seed hashed from numbers such as (seed, step, rank): of a seed PyTorch's CPU generator reads 32 bits alone."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
-
-
-# ------------------------------------------------------------------------------------------------------ data sets
 
 
 @dataclass
@@ -123,7 +117,7 @@ class Images:
 
     def read(self, crops: Sequence, seed: Sequence, piece: list[int]) -> tuple[list[Tensor], dict[int, str]]:
         """In a worker: these images' crops, uint8 (B, 3, size, size) each, sizes (B, 2), and {image: reason} of damaged
-        files. For a damaged image a random one of its label stands in, else any; for crops "all", a blank one does."""
+        files. A random image of its label, or else any, replaces a damaged one; for crops "all" a blank one does."""
         if torch.utils.data.get_worker_info():  # Ctrl-C reaches workers too, but the main process still needs them
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         rows, bad = [], {}
@@ -145,13 +139,12 @@ class Images:
     def in_memory(self, side: int, workers: int) -> "Images":
         """The same split, resident: whole pictures, squeezed into squares of `side` pixels, without damaged ones."""
         pixels, sizes = torch.empty((len(self), 3, side, side), dtype=torch.uint8), torch.empty((len(self), 2)).long()
-        n, batches = 0, torch.arange(len(self)).split(64)
+        batches = torch.arange(len(self)).split(64)
         for rows, part in zip(batches, self.stream(batches, [(side, "all")], (0,), workers), strict=True):
-            whole = torch.tensor([row not in self.bad for row in rows.tolist()])
-            first, n = n, n + int(whole.sum())
-            pixels[first:n], sizes[first:n] = (x[whole] for x in part)
+            pixels[rows], sizes[rows] = part
         whole = torch.tensor([row not in self.bad for row in range(len(self))])
-        return replace(self.at(whole), pixels=pixels[:n].to(self.device), sizes=sizes[:n])
+        kept = whole if self.bad else slice(None)  # without a copy
+        return replace(self.at(whole), pixels=pixels[kept].to(self.device), sizes=sizes[kept])
 
 
 @dataclass
@@ -166,8 +159,7 @@ class Data:
 
     @property
     def labelled(self) -> bool:
-        """Whether there are held-out images with labels to evaluate on."""
-        return bool(self.classes and self.test)
+        return bool(self.classes and self.test)  # there are held-out images with labels to evaluate on
 
     def describe(self) -> str:
         """How many images and classes there are, what was left out, and where the pictures are."""
@@ -181,8 +173,7 @@ class Data:
 
 
 def load(config: Any, device: torch.device) -> Data:
-    """The set `config.data`: `shapes`, one of torchvision's, downloaded to `data_dir`, or a folder. It is for views of
-    `image_size` pixels. A folder of up to `resident_gb` is decoded once; a larger one is streamed by `workers`."""
+    """The set `config.data`: `shapes`, one of torchvision's, or a folder. The shapes have `image_size` pixels."""
     name, data_dir = config.data, config.data_dir
     if name == "shapes":
         parts = [make_shapes(n, seed, config.image_size) for seed, n in enumerate((10_000, 2_000))]
@@ -207,6 +198,7 @@ def load_folder(config: Any, device: torch.device) -> Data:
     """The pictures below `train/`, or below the folder if it has no `train/`. The first sub-folder names the class.
     `test/` is held out, or `val/` if it alone shares a class with `train/`. If there is neither, see `hold_out`."""
     name, left_out = config.data, Counter()
+    ensure(not os.path.isfile(name), f"--data {name}: is a file; give its folder")
     ensure(os.path.isdir(name), f"--data {name}: no such folder; give a folder, shapes, cifar10, cifar100 or stl10")
     with explain(f"--data {name}", "give a folder that can be read"):
         there = {word.lower(): os.path.join(name, word) for word in sorted(os.listdir(name))}
@@ -246,12 +238,13 @@ def pictures_below(root: Any, left_out: Counter) -> dict[str, str]:
             elif os.path.isdir(path):
                 folders.append((path, word or name))
             else:
-                left_out[suffix or "without a suffix"] += 1
+                kind = f"{suffix}: convert these to JPEG" if suffix in (".heic", ".heif") else suffix
+                left_out[kind or "without a suffix"] += 1
     return found
 
 
 def hold_out(split: Images) -> tuple[Images, Images]:
-    """A split without a tenth of each class, and that tenth: at least 1 image if it has 2. --seed changes nothing."""
+    """A split without a tenth of each class (1 image of 2 to 19), and that tenth. --seed does not change the draw."""
     order, held = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)), torch.zeros(len(split)).bool()
     for label in split.labels[split.labels >= 0].unique():
         mine = order[split.labels[order] == label]
@@ -268,10 +261,11 @@ def from_arrays(pictures: Any, labels: Any, device: torch.device) -> Data:
 
 def as_pictures(array: Any) -> Tensor:
     """Pictures as a uint8 tensor (N, 3, H, W), from a tensor or what NumPy reads. Raises `InputError` for others."""
-    with explain("pictures", "give uint8 (N, 3, H, W), two pictures or more, none masked"):
+    with explain("pictures", "give uint8 (N, 3, H, W), 0 to 255, two pictures or more, none masked"):
         x = array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3 or len(x) < 2 or np.ma.is_masked(array):
             raise ValueError(f"{x.dtype} {tuple(x.shape)}")
+        ensure(x.max() != 1, "pictures: the largest value is 1; give uint8, 0 to 255")
     return x
 
 
@@ -292,8 +286,8 @@ def as_labels(labels: Any, count: int) -> tuple[Tensor, list[str]]:
 
 
 def decode(path: str, span: Any = None, crops: Sequence = ()) -> np.ndarray | str:
-    """A picture's first frame as a viewer shows it, uint8 RGB (H, W, 3): upright, on white, `span` (see `Images`) from
-    black to white. Or, if it cannot be read, why. A JPEG decodes at a reduced scale for `crops` of whole pictures."""
+    """A picture's first frame as a viewer shows it: uint8 RGB (H, W, 3), upright, on white, `span` from black to white.
+    If it cannot be read, the reason. For `crops` of whole pictures a JPEG decodes at a reduced scale."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             w, h = image.size
@@ -316,14 +310,17 @@ def decode(path: str, span: Any = None, crops: Sequence = ()) -> np.ndarray | st
 
 
 def survey(paths: Sequence[str]) -> tuple[int, tuple[float, float] | None]:
-    """Of a sample of pictures: the longest side, and the least and the largest 16-bit or float value, if any."""
-    longest, values = SMALLEST_SIDE, []
+    """The longest side in a sample of pictures, and the smallest and largest 16-bit or float value, if there is one."""
+    longest, values, deep = SMALLEST_SIDE, [], False
     for path in paths:
         with suppress(Exception), Image.open(path, formats=FORMATS) as image:  # a damaged file is told when it is read
             longest = max(longest, *image.size)
+            deep |= ";16" in str(image.tile) and image.mode[0] not in "IF"
             if image.mode[0] in "IF" and math.prod(image.size) <= MOST_PIXELS:
                 level = np.array(image, np.float32)
                 values += [float(of(level[np.isfinite(level)])) for of in (np.min, np.max)]
+    if deep:
+        print("warning: of 16-bit colours only the upper 8 bits are read; stretch dark pictures first", file=sys.stderr)
     return longest, (min(values), max(values)) if values else None
 
 
@@ -367,16 +364,13 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8)), torch.from_numpy(labels)
 
 
-# ------------------------------------------------------------------------------------------- crops and operations
-# An operation takes float images (N, 3, H, W) in [0, 1] and equals torchvision's. Its parameters are drawn for each
-# image, on the CPU, so that no step waits for the device.
+# An operation takes float images (N, 3, H, W) in [0, 1], equals torchvision's, and draws its parameters on the CPU.
 
 
 def crop_boxes(sizes: Tensor, size: int, scale: Any, generator: Any = None) -> Tensor:
-    """Boxes (N, 4) = top, left, height, width in pixels of pictures of `sizes` (N, 2), height and width. For `scale`
-    (low, high): random resized crops of that share of the area and a ratio of 3/4 to 4/3, as torchvision draws them,
-    the first of ten that fits, or the central one of the nearest ratio. For None: an evaluation's central square, of
-    7/8 of the short side for views above 64 pixels. For "all": the whole picture."""
+    """Boxes (N, 4) = top, left, height, width in pixels of pictures of `sizes` (N, 2), height and width. `scale` (low,
+    high): random crops of that share of the area and a ratio of 3/4 to 4/3, drawn as by torchvision. None: the central
+    square that an evaluation takes, 7/8 of the short side for views above 64 pixels. "all": the whole picture."""
     sizes = sizes.float()
     if scale in (None, "all"):
         short = sizes.amin(1, keepdim=True).expand_as(sizes)
@@ -393,6 +387,12 @@ def crop_boxes(sizes: Tensor, size: int, scale: Any, generator: Any = None) -> T
     room = sizes - box
     corner = (u[2, :, :2] * (room + 1)).floor().minimum(room)
     return torch.cat([torch.where(first == 10, (room / 2).floor(), corner), box], 1)
+
+
+def random_resized_crop(pictures: Tensor, size: int, scale: tuple[float, float] = (0.08, 1.0)) -> Tensor:
+    """A random crop of each picture, uint8 (N, 3, H, W), as `crop_boxes` draws it: (N, 3, size, size) in [0, 1]."""
+    sizes = torch.tensor(pictures.shape[2:]).expand(len(pictures), 2)
+    return crop_resize(pictures, crop_boxes(sizes, size, scale), size)
 
 
 def crop_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -478,16 +478,19 @@ def test_of_runs_that_start_at_once_each_gets_a_folder(tmp_path):
     assert sorted(found) == sorted([f"{tmp_path}/run", *(f"{tmp_path}/run-{n}" for n in range(2, 9))])
 
 
-def test_progress_is_a_line_in_a_terminal_and_a_line_an_epoch_in_a_file(tmp_path, capsys, monkeypatch):
+def test_progress_is_told_after_the_first_step_and_then_each_second_or_in_a_file_each_minute(
+    tmp_path, capsys, monkeypatch
+):
+    wanted = r"step %d/6  loss \d.* images/s  [\d.]+ min an epoch, [\d.]+ min left"
+    at_each_step(monkeypatch, lambda run, *_: run.step == 1 and time.sleep(1.1))
     train(tmp_path)
     out = capsys.readouterr().out
-    assert "\r" not in out and "min left" not in out
+    assert "\r" not in out and len(re.findall(f"^{wanted % 1}$", out, re.M)) == out.count("min left") == 1
     assert len(re.findall(r"^epoch +[12]\b.*loss \d.*images/s$", out, re.M)) == 2
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    at_each_step(monkeypatch, lambda run, *_: run.step == 1 and time.sleep(1.1))  # it is shown about once a second
     train(tmp_path)
-    (shown,) = re.findall(r"\r\x1b\[K(step [^\r\n]*)", capsys.readouterr().out)
-    assert re.search(r"^step 2 of 6  loss \d.* min left .* images/s$", shown)
+    shown = re.findall(r"\r\x1b\[K(step [^\r\n]*)", capsys.readouterr().out)
+    assert [bool(re.fullmatch(wanted % n, words)) for n, words in enumerate(shown, 1)] == [True, True]
 
 
 @pytest.mark.parametrize("minutes, written", [(1e-9, [0, 1, 2, 3, 4, 5, 6]), (0.0, [0, 3, 6]), (10.0, [0, 3, 6])])
@@ -507,24 +510,24 @@ def test_every_epoch_sees_every_image_once_in_an_order_of_its_own(tmp_path):
 LINE = torch.ones(8, 8) * torch.tensor([1.0, -1, 1, 1, 1, 1, 1, -1])[:, None]
 
 
-@pytest.mark.parametrize(
-    "z, epochs, collapsed",
-    [(LINE.abs(), 20, True), (LINE, 20, True), (torch.eye(8), 20, False), (LINE[:4], 20, False), (LINE, 19, False)],
-    ids=["a point", "a line", "healthy", "few rows", "before step 200"],
-)
+@pytest.mark.parametrize("z, epochs, collapsed", [
+    (LINE.abs(), 20, True), (LINE, 20, True), (torch.eye(8), 20, False), (LINE[:4], 20, False), (LINE, 19, False),
+], ids=["a point", "a line", "healthy", "few rows", "before step 200"])  # fmt: skip
 def test_an_output_that_has_collapsed_is_told(z, epochs, collapsed, tmp_path, capsys):
     for _ in steps(begun(tmp_path, batch_size=10, epochs=epochs)[0], z):
         pass
     assert ("warning: the output has collapsed" in capsys.readouterr().out) == collapsed
 
 
-@pytest.mark.parametrize("loss, guess, told", [(2.0, 2.1, False), (2.0, 2.0, True), (2.0, 0.0, False)])
-def test_a_loss_no_lower_than_a_guess_is_told(loss, guess, told, tmp_path, capsys):
+@pytest.mark.parametrize("loss, guess, told", [
+    (2.0, 2.1, False), (2.0, 2.0, True), (2.0, 0.0, False), (66.49, 66.5, True), (0.4, 0.3, True), (11.0, 11.1, False)
+])  # fmt: skip
+def test_a_loss_no_better_than_a_guess_is_told(loss, guess, told, tmp_path, capsys):
     run, _ = begun(tmp_path, guess=guess, epochs=1)
     for _ in steps(run, loss=loss):
         pass
     run.finish()
-    assert ("no lower than a guess's 2.000" in capsys.readouterr().out) == told
+    assert (f"no better than a guess's {guess:.3f}" in capsys.readouterr().out) == told
 
 
 def test_views_png_shows_what_the_network_was_fed(tmp_path):

@@ -1,6 +1,8 @@
 """Any set of pictures in: the embedded set, torchvision's, arrays and folders of every layout; decoding; streaming."""
 
 import os
+import struct
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +121,7 @@ def test_a_set_of_ones_own_holds_out_a_tenth_of_each_class():
     for split in (data.train, data.test):
         assert split.labels.tolist() == [-1 if i >= 40 else 1 - i % 2 for i in levels(split)]
     assert len(images.from_arrays(pictures[:6], labels[:6], CPU).test) == 2  # at least one of a class of two or more
-    assert len(images.from_arrays(pictures[:2], labels[:2], CPU).train) == 2  # but not the only one of a class
+    assert len(images.from_arrays(pictures[2:4], labels[2:4], CPU).train) == 2  # but not the only one of a class
     data = images.from_arrays(pictures, None, CPU)
     assert (len(data.train), bool(data.test), data.labelled) == (45, False, False) and (data.train.labels == -1).all()
 
@@ -165,7 +167,9 @@ def test_labels_come_from_pandas():
 
 
 BLACK = np.zeros((4, 3, 8, 8), np.uint8)
-REFUSED = [("pictures", x) for x in (BLACK / 1, BLACK.reshape(4, 8, 8, 3), torch.zeros(3, 8, 8).byte(), BLACK[:1])]
+REFUSED = [
+    ("pictures", x) for x in (BLACK / 1, BLACK.reshape(4, 8, 8, 3), torch.zeros(3, 8, 8).byte(), BLACK[:1], BLACK + 1)
+]
 REFUSED += [("pictures", x) for x in (np.ma.array(BLACK, mask=True), [BLACK[0], BLACK[0, :, :4]], "photos/", None)]
 REFUSED += [("labels", x) for x in ([0.5, 1], [1, 2, 3], torch.zeros(2, 1), [[1], [1, 2]], None, 7, "ab", [1j, 2])]
 REFUSED += [("labels", x) for x in ([{}, 1], [1, 1e300], [1, np.inf])]
@@ -367,6 +371,21 @@ def test_16_bit_and_float_pictures_share_one_range_from_black_to_white(kind, tmp
             shown = view_of(split, range(len(split)), 16)[:, :, 10, 10].mean(1)
             expected = ((1000 + 100 * torch.tensor(numbers(split)) - low) / (high - low)).clamp(max=1)
             assert torch.allclose(shown, 1 - expected if kind == "white.tif" else expected, atol=0.003)
+
+
+@pytest.mark.parametrize(
+    "bits, mode, told", [(16, "RGB", True), (16, "LA", True), (16, "RGBA", True), (8, "RGB", False)]
+)
+def test_colours_of_16_bits_are_told_since_pillow_keeps_eight(bits, mode, told, tmp_path, capfd):
+    for i in range(6):
+        values = np.full((16, 16, len(mode)), 2 ** (bits - 4) - 1, ">u2" if bits == 16 else "u1")  # of 12 bits, or 4
+        rows = b"".join(b"\0" + row.tobytes() for row in values)
+        head = struct.pack(">IIBBBBB", 16, 16, bits, {"RGB": 2, "LA": 4, "RGBA": 6}[mode], 0, 0, 0)
+        parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+        chunks = (struct.pack(">I", len(x)) + k + x + struct.pack(">I", zlib.crc32(k + x)) for k, x in parts)
+        (tmp_path / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    load(tmp_path, 16)
+    assert capfd.readouterr().err.count("warning: of 16-bit colours") == told
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
