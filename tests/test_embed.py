@@ -93,19 +93,41 @@ def test_the_runs_own_pictures_and_z(run, features, tmp_path, monkeypatch, capsy
     assert result["classes"].tolist() == list(images.SHAPES)
 
 
-def test_the_map_puts_each_picture_at_its_principal_components(features, tmp_path):
+def test_the_map_sorts_the_pictures_by_their_principal_components(features, tmp_path):
+    """12 pictures in 4 columns of 4: a column has the next ones by the first component, sorted by the second."""
     found = features("--data", album(tmp_path / "photos"), "--map", tmp_path / "map.png")
     x = found["features"].astype(np.float64)
-    _, _, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    at = (x - x.mean(0)) @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T
     sheet = np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).astype(int)
-    assert sheet.shape == (1224, 1400, 3) and (sheet[:1200, :1200] == 255).all(2).mean() > 0.9
-    at, right = (x - x.mean(0)) @ axes[:2].T, 0
-    at = (at - at.min(0)) / (at.max(0) - at.min(0)) * 29
-    for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1)):  # the sign of a component means nothing
-        cells = [[c if s > 0 else 29 - c for c, s in zip(row, signs, strict=True)] for row in np.round(at).astype(int)]
-        frames = [sheet[1200 - (up + 1) * 40 + 1, across * 40 + 20] for across, up in cells]
-        right = max(right, sum((f < 250).any() for f in frames))
-    assert right == 12
+    assert sheet.shape == (1224, 1400, 3)
+    shown = [[sheet[1200 - 300 * up - 290 :][:280, 300 * c + 10 :][:, :280] for up in range(4)] for c in range(4)]
+    assert [[(tile < 250).any() for tile in column] for column in shown] == [[True] * 4] * 3 + [[False] * 4]
+    colours = [[tile.mean((0, 1)).argmax() for tile in column] for column in shown[:3]]
+    wanted = [int(np.argmax([f"/{c}/" in path for c in ("red", "green", "blue")])) for path in found["paths"]]
+    matches = []
+    for a, b in ((1, 1), (1, -1), (-1, 1), (-1, -1)):  # the sign of a component means nothing
+        columns = np.split(np.argsort(a * at[:, 0]), 3)
+        matches.append([[wanted[i] for i in sorted(column, key=lambda i: b * at[i, 1])] for column in columns])
+    assert colours in matches
+
+
+def test_similar_pictures_come_with_their_cosine_the_most_similar_first(features, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = album(tmp_path / "photos")
+    (root / "green/again.png").write_bytes((root / "blue/10.png").read_bytes())
+    found = features("--data", root, "--similar", 2)
+    lines = [line.split("\t") for line in Path("similar.txt").read_text().splitlines()]
+    assert len(lines) == 2 * 13 and not Path("f.npz").exists()
+    assert {*lines[0][1:]} == {str(root / "green/again.png"), str(root / "blue/10.png")} and lines[0][0] == "1.0000"
+    assert [float(line[0]) for line in lines] == sorted((float(line[0]) for line in lines), reverse=True)
+    h = torch.nn.functional.normalize(torch.from_numpy(found["features"]), dim=1)
+    cosine, paths = h @ h.T - 3 * torch.eye(13), found["paths"].tolist()
+    for i, path in enumerate(paths):
+        mine = [(float(value), paths.index(other)) for value, one, other in lines if one == path]
+        assert [value for value, _ in mine] == pytest.approx(cosine[i].topk(2).values.tolist(), abs=1e-4)
+        assert all(value == pytest.approx(cosine[i, j].item(), abs=1e-4) for value, j in mine)
+    assert features("--data", root, "--similar", 99)["paths"].shape == (13,)  # all others
+    assert len(Path("similar.txt").read_text().splitlines()) == 13 * 12
 
 
 @pytest.mark.parametrize("x", [torch.zeros(1, 4), torch.arange(5.0)[:, None], torch.eye(3)], ids=["one", "1-d", "few"])
@@ -119,7 +141,8 @@ def test_the_map_of_little_variety(x):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("", "nothing to write; give --out features.npz, --map map.png, or both"),
+    ("", "nothing to write; give --out features.npz, --map map.png or --similar 3"),
+    ("--similar -1", "nothing to write; "),
     ("--out x.csv", "--out x.csv: give a name that ends in .npz"),
     ("--map x.gif", "--map x.gif: give a name that ends in .png or .jpg"),
     ("--out /no/such/x.npz", "no folder /no/such; make it first"),
