@@ -2,13 +2,14 @@
 
 Grill, Strub, Altché, Tallec, Richemond and others, NeurIPS 2020, https://arxiv.org/abs/2006.07733
 
-Two views of each image are drawn, v = t(x) and v' = t'(x), with different strengths. The online network has to predict
-from one view what the target network, a slow average of the online one, makes of the other. There are no negatives:
+BYOL draws two views of each image, v = t(x) and v' = t'(x), with different strengths of augmentation. From one view the
+online network has to predict the target network's output for the other view. The target network is a slow average of
+the online network. There are no negatives:
 
     y = f(v)    z = g(y)    q(z)           online, with parameters theta
     y' = f'(v')    z' = g'(y')             target, with parameters xi, no gradient
     L = | q(z)/|q(z)| - z'/|z'| |^2 = 2 - 2 cos(q(z), z')                                         (equation 2)
-    loss = L + the same with the views exchanged      a mean over N images, a sum over both, 0 to 8
+    loss = L + L with the views exchanged             a mean over N images, a sum over both, 0 to 8
     xi <- tau xi + (1 - tau) theta                    after each step of theta                    (equations 1, 4)
     tau = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2  at step k of K                              (section 3.2)
 
@@ -22,15 +23,15 @@ Only f is kept: its output y, which the other files call h, is the representatio
     tau_base, tau              config.momentum, tau_at         --momentum: 0 = theta itself, 1 = a fixed random target
     N                          config.batch_size               --batch-size
 
-    python byol.py                                             the demo: embedded data, two CPU cores
+    python byol.py                                             the demo: built-in data, two CPU cores
     python byol.py --data /my/photos                           your own pictures
     python byol.py --preset paper-100 --data /imagenet         the published 100 epochs; paper-300; paper (1000)
 
-The demo ends at a kNN of 0.838 to 0.924; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
+The demo ends at a kNN accuracy of 0.838 to 0.924; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in two points. Crops are resized bilinearly, there bicubically (appendix B).
-The colour jitter is torchvision's, by factors; theirs shifts brightness additively, contrast by channel, and saturation
-in HSV.
+This file differs from the authors' code in two points. We resize crops bilinearly; the authors resize them
+bicubically (appendix B). Our colour jitter is torchvision's, which multiplies by factors. The authors' jitter adds to
+the brightness, changes the contrast channel by channel, and changes the saturation in HSV.
 """
 
 import math
@@ -50,7 +51,7 @@ CIFAR = dict(  # ours, since the paper does not pretrain on CIFAR-10: the paper'
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", epochs=800, batch_size=256,
     optimizer="sgd", lr=0.1, weight_decay=5e-4, momentum=0.99, hidden_dim=2048, blur_1=0.0, blur_2=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+PHOTOS = dict(  # ours: for your own pictures, some hundred or more
     image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=1e-4,
     warmup_epochs=0.0, momentum=0.99, hidden_dim=1024,
 )  # fmt: skip
@@ -75,22 +76,22 @@ class Config(RunConfig):
         "demo": DEMO,
     }
 
-    momentum: float = 0.996  # tau_base, raised to 1 by a cosine; 0 = the online network, 1 = fixed, random (table 5a)
-    predictor: bool = True  # q; without it all outputs collapse to one (table 5b)
+    momentum: float = 0.996  # share that the target keeps, rising to 1; 0: the online network, 1: fixed (table 5a)
+    predictor: bool = True  # the predictor q; without it all outputs collapse to one (table 5b)
     symmetric: bool = True  # add the loss with the views exchanged (section 3.1)
-    hidden_dim: int = 4096  # width of the hidden layers of g and q (section 3.2)
-    projection_dim: int = 256  # width of z and q(z) (section 3.2)
-    crop_min_scale: float = 0.08  # least area of a crop; the most is 1 (appendix B)
-    jitter_strength: float = 1.0  # times the colour jitter of 0.4, 0.4, 0.2, 0.1 (table 6)
+    hidden_dim: int = 4096  # width of the hidden layers of projection head and predictor (section 3.2)
+    projection_dim: int = 256  # width of the outputs of projection head and predictor (section 3.2)
+    crop_min_scale: float = 0.08  # least share of the picture that a crop covers; the most is 1 (appendix B)
+    jitter_strength: float = 1.0  # factor on colour jitter: brightness, contrast 0.4, saturation 0.2, hue 0.1 (table 6)
     blur_1: float = 1.0  # probability that the first view is blurred (table 6)
     blur_2: float = 0.1  # probability that the second view is blurred (table 6)
     solarize_1: float = 0.0  # probability that the first view is solarized (table 6)
     solarize_2: float = 0.2  # probability that the second view is solarized (table 6)
     epochs: int = 1000  # passes over the training images (section 3.2)
-    batch_size: int = 4096  # N, images in a step (section 3.2)
+    batch_size: int = 4096  # images in a step, N (section 3.2)
     optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 3.2) or sgd, both with momentum 0.9
-    lr: float = 0.2  # learning rate for N = 256; it is scaled by N/256 (section 3.2)
-    weight_decay: float = 1.5e-6  # weight decay, not on BN and biases (section 3.2)
+    lr: float = 0.2  # learning rate, which the run multiplies by --batch-size / 256 (section 3.2)
+    weight_decay: float = 1.5e-6  # weight decay, except on BN and biases (section 3.2)
     warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (section 3.2)
     out: str = "runs/byol"  # folder of the run's files
 
@@ -107,12 +108,12 @@ def solarize(x: Tensor) -> Tensor:
 
 
 def augment(x: Tensor, config: Config, blur: float, solarized: float) -> Tensor:
-    """t(x) after the crop (appendix B, table 6), a draw of its own for every image. x: (N, 3, H, W) in [0, 1].
+    """t(x) after the crop (appendix B, table 6), drawn anew for every image. x: (N, 3, H, W) in [0, 1].
 
     T and T' differ only in `blur` and `solarized`, the probabilities of these two operations.
     """
     s = config.jitter_strength
-    x = sometimes(x, 0.5, flip)
+    x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.4 * s, 0.4 * s, 0.2 * s, 0.1 * s)
     x = sometimes(x, 0.2, grey)
     x = sometimes(x, blur, gaussian_blur)
@@ -138,8 +139,8 @@ class BYOL(nn.Module):
         self.backbone = common.build_backbone(config)
         self.projector = mlp(self.backbone.feature_dim, hidden, self.dim)
         self.predictor = mlp(self.dim, hidden, self.dim) if config.predictor else nn.Identity()
-        # The target starts at random weights of its own (the authors' code), and --momentum 1 leaves it there. --init
-        # gives its backbone the same weights as f.
+        # The target starts from random weights of its own (the authors' code), and --momentum 1 keeps them. With --init
+        # its backbone starts from the same weights as f.
         self.target = nn.Sequential(common.build_backbone(config), mlp(self.backbone.feature_dim, hidden, self.dim))
         self.target.requires_grad_(False)
         if config.momentum == 0:
@@ -155,7 +156,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau: float) -> None:
-        """xi <- tau xi + (1 - tau) theta, on the parameters alone: the target's BN statistics are its own."""
+        """xi <- tau xi + (1 - tau) theta, for parameters only: the target has BN statistics of its own."""
         theta = [*self.backbone.parameters(), *self.projector.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), theta, 1 - tau)
 
@@ -174,7 +175,7 @@ def byol_loss(q: Tensor, z: Tensor) -> Tensor:
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures; `out` is the run's folder."""
     run = common.Run(config, data)
     model = BYOL(config).to(run.device, memory_format=torch.channels_last)
     lr, weights = config.lr * config.batch_size / 256, common.parameter_groups(model, config.weight_decay)
@@ -185,7 +186,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     note = f"byol_loss, {'the sum of both directions, 0 to 8' if config.symmetric else 'of one direction, 0 to 4'}; "
     target = {0: "the online network itself", 1: "fixed at its first weights"}
     note += "the target is " + target.get(config.momentum, f"a moving average, tau from {config.momentum:g} to 1")
-    note += "; std and rank are those of q(z), which has no BN and is usually well below healthy"
+    note += "; std and rank are of q(z), which has no BN: a std far below healthy is normal"
     network = run.begin(model, optimizer=optimizer, note=note)
 
     for _, (v1, v2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
@@ -193,7 +194,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         v2 = augment(v2, config, config.blur_2, config.solarize_2)  # t'(x)
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
-        q1, z2 = network(v1, v2)  # q(z) of v1, z' of v2: (N, d); one view at a time, so BN statistics are of one view
+        q1, z2 = network(v1, v2)  # q(z) of v1, z' of v2: (N, d); one view at a time, so each BN sees one view
         loss = byol_loss(q1, z2)
         if config.symmetric:
             q2, z1 = network(v2, v1)

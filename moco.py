@@ -3,15 +3,15 @@
 v1: He, Fan, Wu, Xie, Girshick, CVPR 2020, https://arxiv.org/abs/1911.05722
 v2: Chen, Fan, Girshick, He, 2020, https://arxiv.org/abs/2003.04297
 
-Contrastive learning looks up a dictionary. Two views of an image are drawn, a query and a key. The query has to find
-its own key k+ among K other keys, which a queue keeps from earlier batches:
+MoCo treats contrastive learning as a dictionary look-up. It draws two views of an image, a query and a key. The query
+has to find its own key k+ among K other keys. A queue keeps these K keys from earlier batches:
 
     q = f_q(x_q)    k = f_k(x_k), no gradient    the loss scales both to length 1                  (algorithm 1)
     L_q = -log( exp(q . k+ / tau) / (exp(q . k+ / tau) + sum over the queue of exp(q . k_i / tau)) )  (equation 1)
     theta_k <- m theta_k + (1 - m) theta_q                                                         (equation 2)
 
-m is near 1: the keys in a queue must come from nearly one encoder. The loss is asymmetric: the gradient passes through
-the query alone. f_q is kept without its head: h is the representation.
+m is near 1, so that all keys in the queue come from nearly the same encoder. The loss is asymmetric: a gradient reaches
+only the query. Only the backbone of f_q is kept: its output h is the representation.
 
     paper                      here                        flag
     f_q                        model.backbone, .projector  --backbone, --projection-head
@@ -22,16 +22,16 @@ the query alone. f_q is kept without its head: h is the representation.
     tau                        temperature                 --temperature
     MLP, aug+, cos (v2)        .projector, augment, lr_at  --projection-head, --augmentation, --blur, --schedule
 
-    python moco.py                                         the demo: embedded data, two CPU cores
+    python moco.py                                         the demo: built-in data, two CPU cores
     python moco.py --data /my/photos                       your own pictures
     python moco.py --preset paper-v1 --data /imagenet      version 1; --preset paper is version 2
 
-The demo ends at a kNN of 0.836 to 0.955; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
+The demo ends at a kNN accuracy of 0.836 to 0.955; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in four points. The cosine moves at every step, theirs at every epoch. The
-blur's kernel is a tenth of the side; theirs (Pillow's) has no bound and blurs visibly more at 32 pixels. Pictures are
-normalised by torchvision's mean and deviation; their CIFAR notebook takes CIFAR-10's. The memory bank's negatives are
-drawn once a batch, from the images outside it; Wu et al. draw them for each query, from all images."""
+This file differs from the authors' code in four points. Our cosine moves at every step, the authors' at every epoch.
+Our blur's kernel is a tenth of the side; the authors' blur (Pillow's) has no bound and blurs visibly more at 32 pixels.
+We normalise by torchvision's mean and deviation; the authors' CIFAR notebook takes CIFAR-10's. The memory bank's
+negatives are drawn once a batch, from the images outside it; Wu et al. draw them for each query, from all images."""
 
 import copy
 import math
@@ -51,7 +51,7 @@ CIFAR = dict(  # the authors' notebook moco_cifar10_demo: v1's head with v2's co
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", batch_size=512, lr=0.06, weight_decay=5e-4,
     projection_head="linear", blur=0.0, crop_min_scale=0.08, temperature=0.1, momentum=0.99, queue_size=4096,
 )  # fmt: skip
-# ours: for your own pictures, from some hundred on
+# ours: for your own pictures, some hundred or more
 PHOTOS = dict(image_size=128, backbone="resnet18", epochs=100, batch_size=128, lr=0.06, momentum=0.99, queue_size=256)
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in about two minutes
     data="shapes", image_size=32, backbone="resnet8", epochs=10, batch_size=64, lr=0.2, warmup_epochs=1.0,
@@ -62,30 +62,30 @@ DEMO = dict(  # ours: learns the shapes set on two CPU cores in about two minute
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    """MoCo's flags. The defaults are v2's ImageNet recipe; sections are those of the paper of v1 unless marked."""
+    """MoCo's flags. The defaults are v2's ImageNet recipe; sections are those of v1's paper unless marked v2."""
 
     PRESETS = {"paper": {}, "paper-v1": V1, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
-    mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"  # where keys come from (figure 2 c, a, b)
-    symmetric: bool = False  # add the loss with the views exchanged, as the notebook can; acts like twice the lr
-    momentum: float = 0.999  # m of the key encoder (section 4.1); give less in short runs; only the queue uses it
-    queue_size: int = 65536  # K, keys in the queue, or negatives drawn from the memory bank (section 4.1)
-    temperature: float = 0.2  # tau (v2, table 1)
-    bank_momentum: float = 0.5  # m of the memory bank's vectors (Wu et al. 2018)
-    bn_splits: int = 8  # BN groups of a batch, like the paper's 8 GPUs; 1 = ordinary BN
-    shuffle_bn: bool = True  # shuffle the keys over the groups, so that BN cannot betray them (section 3.3)
-    projection_head: Literal["linear", "mlp"] = "mlp"  # linear in v1, mlp in v2 (section 2)
-    hidden_dim: int = 0  # width of the mlp's hidden layer; 0 = the width of h, 2048 in v2
-    projection_dim: int = 128  # width of q and k (section 3.3)
-    augmentation: Literal["v1", "v2"] = "v2"  # v1: grey, then strong jitter, always; v2: SimCLR's order, weaker
-    crop_min_scale: float = 0.2  # least area of a crop; the most is 1 (the authors' code)
+    mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"  # where the keys come from (figure 2: c, a, b)
+    symmetric: bool = False  # add the loss with the views exchanged; acts like twice the lr (authors' notebook)
+    momentum: float = 0.999  # share m that the key encoder keeps; less in short runs; queue only (section 4.1)
+    queue_size: int = 65536  # number of keys K in the queue, or of negatives from the memory bank (section 4.1)
+    temperature: float = 0.2  # tau: smaller puts more weight on the nearest keys (v2, table 1)
+    bank_momentum: float = 0.5  # m: each vector of the memory bank keeps this share in an update (Wu et al. 2018)
+    bn_splits: int = 8  # groups of a batch that BN normalises apart, like the paper's 8 GPUs; 1 = ordinary BN
+    shuffle_bn: bool = True  # shuffle keys over the BN groups: BN could betray a query's key (section 3.3)
+    projection_head: Literal["linear", "mlp"] = "mlp"  # linear in v1, mlp in v2 (v2, section 2)
+    hidden_dim: int = 0  # width of the mlp head's hidden layer; 0 = the backbone's width, 2048 in v2
+    projection_dim: int = 128  # width of queries and keys (section 3.3)
+    augmentation: Literal["v1", "v2"] = "v2"  # v1: grey, then always strong jitter; v2: SimCLR's order, but weaker
+    crop_min_scale: float = 0.2  # least share of the picture that a crop covers; the most is 1 (the authors' code)
     blur: float = 0.5  # probability of v2's blur; v1 has no blur
-    schedule: Literal["steps", "cosine"] = "cosine"  # v1: lr / 10 after 60% and 80% (section 4.1); v2: cosine
+    schedule: Literal["steps", "cosine"] = "cosine"  # steps: lr / 10 at 60% and 80% (v1, section 4.1); cosine: v2
     epochs: int = 200  # passes over the training images (section 4.1)
-    batch_size: int = 256  # N, queries in a step (section 4.1)
-    lr: float = 0.03  # learning rate, not scaled by N (section 4.1: for 256)
-    weight_decay: float = 1e-4  # weight decay, on everything (section 4.1)
-    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's; else that of kernels/
+    batch_size: int = 256  # queries in a step, N (section 4.1)
+    lr: float = 0.03  # learning rate, not scaled by the batch size (section 4.1: for 256)
+    weight_decay: float = 1e-4  # weight decay, also on BN and biases (section 4.1)
+    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
     out: str = "runs/moco"  # folder of the run's files
 
     def check(self) -> None:
@@ -97,12 +97,12 @@ class Config(RunConfig):
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """The augmentation after the crop, a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
+    """The augmentation after the crop, drawn anew for every image. x: (N, 3, H, W) in [0, 1]."""
     if config.augmentation == "v1":  # "technical details" and the authors' code
-        x = sometimes(x, 0.2, grey)
+        x = sometimes(x.clone(), 0.2, grey)
         x = color_jitter(x, 0.4, 0.4, 0.4, 0.4)
     else:  # v2, section 2
-        x = sometimes(x, 0.8, color_jitter, 0.4, 0.4, 0.4, 0.1)
+        x = sometimes(x.clone(), 0.8, color_jitter, 0.4, 0.4, 0.4, 0.1)
         x = sometimes(x, 0.2, grey)
     x = sometimes(x, config.blur, gaussian_blur)
     x = sometimes(x, 0.5, flip)
@@ -110,8 +110,8 @@ def augment(x: Tensor, config: Config) -> Tensor:
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BN of `splits` equal groups of a batch, which stand for GPUs; `MoCo.split_batch_norm` makes it. A step moves the
-    running statistics once, by the mean over the groups. In eval mode it is BatchNorm2d."""
+    """BN that normalises `splits` equal groups of a batch apart, as so many GPUs would; see `MoCo.split_batch_norm`. A
+    step moves the running statistics once, by the mean over the groups. In eval mode this is BatchNorm2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -142,7 +142,7 @@ class MoCo(nn.Module):
             self.key_encoder = copy.deepcopy(nn.Sequential(self.backbone, self.projector)).requires_grad_(False)
 
     def split_batch_norm(self, splits: int) -> None:
-        """From now on BN sees so many groups of a batch. Its parameters and buffers stay the same."""
+        """From now on BN normalises so many groups of a batch apart. Its parameters and buffers stay the same."""
         self.splits = splits
         for module in self.modules() if splits > 1 else ():
             if isinstance(module, nn.BatchNorm2d):
@@ -152,7 +152,7 @@ class MoCo(nn.Module):
         return self.projector(self.backbone(x))
 
     def in_groups(self, network: Any, x: Tensor) -> Tensor:
-        """network(x), image n in BN group n mod `splits`. So W processes form the groups that one would."""
+        """network(x), with image n in BN group n mod `splits`. W processes then form the same groups as one process."""
         z = network(torch.cat([x[i :: self.splits] for i in range(self.splits)]))  # (N, d), group by group
         return torch.stack(z.chunk(self.splits), 1).flatten(0, 1)
 
@@ -168,12 +168,12 @@ class MoCo(nn.Module):
 
 @torch.no_grad()
 def update_key_encoder(f_q: nn.Module, f_k: nn.Module, m: float) -> None:
-    """Equation 2, in place, on f_k's parameters in the order of f_q's. f_k keeps BN statistics of its own."""
+    """Equation 2, in place: each parameter of f_k moves towards f_q's. f_k keeps BN statistics of its own."""
     torch._foreach_lerp_(list(f_k.parameters()), list(f_q.parameters()), 1 - m)
 
 
 class Queue(nn.Module):
-    """The newest K keys, `keys` (K, d), of length 1, the oldest at row `pointer`. They start random: easy negatives."""
+    """`keys` (K, d): the newest K keys, of length 1; row `pointer` is the oldest. At first they are random: easy."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -182,8 +182,8 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys by these, (N, d). Of more than K keys the last K stay. Each of several processes must
-        give the keys of all processes, in one order: the queues stay the same."""
+        """Replace the oldest keys by these, (N, d). Of more than K keys the last K stay. Each process must give the
+        keys of all processes, in the same order, so that all queues stay equal."""
         keys = F.normalize(keys.to(self.keys), dim=1)[-len(self.keys) :]
         rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.keys)
         self.keys.index_copy_(0, rows, keys)
@@ -192,14 +192,14 @@ class Queue(nn.Module):
 
 class MemoryBank(nn.Module):
     """One vector of length 1 for each of M images, (M, d): the dictionary of figure 2b (Wu et al. 2018,
-    arXiv:1805.01978). Each of several processes must give the rows of all processes: the banks stay the same."""
+    arXiv:1805.01978). Each process must give the rows of all processes, so that all banks stay equal."""
 
     def __init__(self, images: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("vectors", F.normalize(torch.randn(images, dim), dim=1))
 
     def sample(self, index: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` vectors (count, d), drawn with replacement from the images that are not in index (N,)."""
+        """`count` vectors (count, d), drawn with replacement from the images outside index (N,)."""
         others = torch.ones(len(self.vectors), dtype=torch.bool).index_fill(0, index, False).nonzero().squeeze(1)
         return self.vectors[others[torch.randint(len(others), (count,), generator=generator)]]
 
@@ -211,10 +211,10 @@ class MemoryBank(nn.Module):
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor | None = None, temperature: float | Tensor = 0.2) -> Tensor:
-    """Equation 1, the mean over N queries. q, k: (N, d), row i of k is the key of query i; any norm; temperature > 0.
+    """Equation 1, the mean over N queries. q, k: (N, d), any norm; row i of k is the key of query i; temperature > 0.
 
-    With a queue (K, d), its keys are the negatives, and no gradient reaches k and the queue. Without, the negatives are
-    the other N - 1 keys of the batch, and the gradient reaches q and k. The naive loss: it builds the matrix of logits.
+    With a queue (K, d), the queue's keys are the negatives, and no gradient reaches k or the queue. Without one, the
+    negatives are the other N - 1 keys of the batch, and the gradient reaches q and k. This loss builds all logits.
     """
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     if queue is None:
@@ -235,12 +235,12 @@ def lr_at(config: Config, step: int, total: int, warmup: float) -> float:
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures; `out` is the run's folder."""
     run = common.Run(config, data)
     rank, world, there, n, mechanism = run.rank, run.world, len(run.data.train), config.batch_size, config.mechanism
     K, tau, seen = config.queue_size, config.temperature, world * min(config.micro_batch_size or n, n // world)
-    ensure(there >= K or mechanism == "end-to-end", f"--queue-size {K}: give at most {there}, the training images")
-    ensure(there > n or mechanism != "memory-bank", f"--batch-size {n}: give less than {there}, the training images")
+    ensure(there >= K or mechanism == "end-to-end", f"--queue-size {K}: give at most {there}, the number of images")
+    ensure(there > n or mechanism != "memory-bank", f"--batch-size {n}: give less than {there}, the number of images")
     config.need(f"bn_splits == 1 or bn_splits % {world} == 0", f"{seen} % bn_splits == 0", f"2 * bn_splits <= {seen}")
     groups = config.bn_splits * n // seen  # BN groups of a batch; a forward pass, over all processes, has `seen` images
     shuffled = config.shuffle_bn and groups > 1 and mechanism != "memory-bank"
@@ -258,7 +258,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     network = run.begin(model, guess, config.bn_splits == 1, note, optimizer=optimizer, queue=queue, bank=bank)
 
     def contrast(index, x_q, x_k=None):
-        """Equation 1, q (N / W, d) and the keys of all W processes (N, d), for this one's views (N / W, 3, S, S)."""
+        """Equation 1, q (N / W, d) and all W processes' keys (N, d), for this process's views (N / W, 3, S, S)."""
         if mechanism == "memory-bank":
             (q,), negatives = network(x_q), bank.sample(gather(index), K, run.shared)
             return loss_of(q, bank.vectors[index], negatives, tau), q, None

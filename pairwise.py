@@ -33,7 +33,7 @@ For other vectors it has no bound, and --no-normalize shows what becomes of a lo
     m, c              margin, slope                               --margin, --slope
     j                 distances                                   --negatives, --normalize
 
-    python pairwise.py --loss triplet                      the demo: embedded data, two CPU cores
+    python pairwise.py --loss triplet                      the demo: built-in data, two CPU cores
     python pairwise.py --data /my/photos                   your own pictures
 
 The demo ends at a kNN of 0.729 to 0.780, with --loss linear of 0.397 to 0.442; raw pixels reach 0.690 (three seeds;
@@ -174,7 +174,7 @@ class Config(RunConfig):
 def augment(x: Tensor, config: Config) -> Tensor:
     """SimCLR's (appendix A) without the blur, a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
     s = config.jitter_strength
-    x = sometimes(x, 0.5, flip)
+    x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     x = sometimes(x, 0.2, grey)
     return normalize(x)

@@ -2,14 +2,14 @@
 
 Chen, Kornblith, Norouzi, Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
 
-Of each of N images two augmented views are drawn. Among the 2N views, the other view of the same image is the
-positive and the remaining 2N - 2 are negatives:
+SimCLR draws two augmented views of each of N images. For each of the 2N views, the other view of the same image is the
+positive, and the remaining 2N - 2 views are the negatives:
 
     h_i = f(x_i)    z_i = g(h_i)    s_ij = z_i . z_j / (|z_i| |z_j|)                              (section 2.1)
     l(i, j) = -log( exp(s_ij / tau) / sum over k != i of exp(s_ik / tau) )                         (equation 1)
     L = 1/(2N) sum over the N positive pairs of [ l(2k-1, 2k) + l(2k, 2k-1) ]                      (algorithm 1)
 
-f is kept and g is thrown away: h is the representation.
+After training, f is kept and g is thrown away: h is the representation.
 
     paper                      here                        flag
     f, the base encoder        model.backbone              --backbone, --stem
@@ -18,13 +18,13 @@ f is kept and g is thrown away: h is the representation.
     N                          config.batch_size           --batch-size
     tau                        temperature                 --temperature
 
-    python simclr.py                                       the demo: embedded data, two CPU cores
-    python simclr.py --data /my/photos                     your own pictures, by the preset photos
+    python simclr.py                                       the demo: built-in data, two CPU cores
+    python simclr.py --data /my/photos                     your own pictures, with the preset photos
 
-The demo ends at a kNN of 0.970 to 0.983, raw pixels at 0.726 (seeds 0 to 4; an EPYC with AVX2).
+The demo ends at a kNN accuracy of 0.970 to 0.983; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-Not as in the authors' code: crops are resized bilinearly (theirs bicubically), pictures normalised (theirs in [0, 1]),
-and sgd is without Nesterov's momentum.
+This file differs from the authors' code in three points. We resize crops bilinearly; the authors resize them
+bicubically. We normalise pictures; the authors feed values in [0, 1]. Our sgd does without Nesterov momentum.
 """
 
 import math
@@ -48,7 +48,7 @@ DEMO = dict(  # ours: learns the shapes set on two CPU cores in about a minute
     optimizer="sgd", lr=0.4, weight_decay=1e-4, warmup_epochs=1.0, temperature=0.2,
     hidden_dim=256, projection_dim=64, crop_min_scale=0.35, jitter_strength=0.5, blur=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: some hundred to some ten thousand pictures of one's own
+PHOTOS = dict(  # ours: for your own pictures, some hundred to some ten thousand
     image_size=128, backbone="resnet18", epochs=100, batch_size=128,
     optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup_epochs=0.0, temperature=0.2, crop_min_scale=0.2,
 )  # fmt: skip
@@ -60,21 +60,21 @@ class Config(RunConfig):
 
     PRESETS = {"paper": {}, "cifar": CIFAR, "demo": DEMO, "photos": PHOTOS}
 
-    epochs: int = 100  # passes over the training images (section 4.1; best 1000)
-    batch_size: int = 4096  # N, images in a step; 2N views (section 2.2)
-    lr: float = 0.3  # learning rate before --lr-scaling (section 2.2)
-    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # lr N/256, or lr sqrt(N)/4 (of 0.3: 0.075 sqrt(N))
+    epochs: int = 100  # passes over the training images; the best results take 1000 (section 4.1)
+    batch_size: int = 4096  # images in a step, N, with two views each (section 2.2)
+    lr: float = 0.3  # learning rate before --lr-scaling (section 2.2; sqrt turns 0.3 into 0.075 sqrt(N))
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # lr times N/256, sqrt(N)/4 or 1; N is --batch-size
     optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 2.2) or sgd, both with momentum 0.9
-    weight_decay: float = 1e-6  # weight decay, not on BN and biases (section 2.2)
+    weight_decay: float = 1e-6  # weight decay, except on BN and biases (section 2.2)
     warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (section 2.2)
-    temperature: float = 0.1  # tau (section 4.1); small batches and few epochs like it larger
-    projection_head: Literal["none", "linear", "mlp"] = "mlp"  # g (figure 8)
-    hidden_dim: int = 0  # width of g's hidden layer; 0 = the width of h, as in the paper
-    projection_dim: int = 128  # d, width of z (section 4.1)
-    crop_min_scale: float = 0.08  # least area of a crop; the most is 1 (appendix A)
-    jitter_strength: float = 1.0  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s (appendix A)
-    blur: float = 0.5  # probability of a blur (appendix A); pictures of 32 pixels like none
-    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's; else that of kernels/
+    temperature: float = 0.1  # tau: smaller weighs near views more; larger for small batches, few epochs (section 4.1)
+    projection_head: Literal["none", "linear", "mlp"] = "mlp"  # the head g, used in training only (figure 8)
+    hidden_dim: int = 0  # width of the projection head's hidden layer; 0 = the backbone's width, as in the paper
+    projection_dim: int = 128  # width of z, the projection head's output (section 4.1)
+    crop_min_scale: float = 0.08  # least share of the picture that a crop covers; the most is 1 (appendix A)
+    jitter_strength: float = 1.0  # colour jitter s: brightness, contrast, saturation 0.8 s, hue 0.2 s (appendix A)
+    blur: float = 0.5  # probability of a blur; give 0 for pictures of 32 pixels (appendix A)
+    loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
     out: str = "runs/simclr"  # folder of the run's files
 
     def check(self) -> None:
@@ -84,19 +84,19 @@ class Config(RunConfig):
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """t(x) after the crop (appendix A), a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
+    """t(x) after the crop (appendix A), drawn anew for every image. x: (N, 3, H, W) in [0, 1]."""
     s = config.jitter_strength
-    x = sometimes(x, 0.5, flip)
+    x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     x = sometimes(x, 0.2, grey)
     x = sometimes(x, config.blur, gaussian_blur)
-    return normalize(x)  # not in the paper, which feeds [0, 1]
+    return normalize(x)  # ours: the paper feeds values in [0, 1]
 
 
 class SimCLR(nn.Module):
     """f and g. `model(x1, x2)` is z of both views, `model.backbone(x)` is h, `model.embed(x)` is g(h).
 
-    The mlp head is the authors': BN after both layers, so Linears without bias, and no shift in the last BN.
+    The mlp head is the authors': both Linear layers have no bias, since BN follows, and the last BN has no shift.
     """
 
     def __init__(self, config: Config) -> None:
@@ -127,15 +127,15 @@ def bn_without_shift(width: int) -> nn.BatchNorm1d:
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5) -> Tensor:
-    """Equation 1 averaged over the 2N anchors. z1, z2: (N, d), rows of the same image, any norm; temperature > 0.
+    """Equation 1 averaged over the 2N anchors. z1, z2: (N, d), row i of image i, any norm; temperature > 0.
 
-    The naive loss: it builds the 2N x 2N matrix. cross_entropy shifts by the row maximum, so any temperature is safe.
+    This naive loss builds the 2N x 2N matrix. cross_entropy shifts by the row maximum, so any temperature is safe.
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, d)
     s = z @ z.T / temperature  # (2N, 2N)
-    s.fill_diagonal_(float("-inf"))  # k != i: masked, not subtracted
+    s.fill_diagonal_(float("-inf"))  # k != i: view i itself drops out of the sum
     n = len(z1)
-    positive = torch.arange(2 * n, device=z.device).roll(n)  # i's positive is i + N, modulo 2N
+    positive = torch.arange(2 * n, device=z.device).roll(n)  # the positive of i is i + N, modulo 2N
     return F.cross_entropy(s, positive)
 
 
@@ -147,15 +147,15 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     lr = config.lr * {"linear": n / 256, "sqrt": math.sqrt(n) / 4, "none": 1.0}[config.lr_scaling]
     weights = common.parameter_groups(model, config.weight_decay)
     optimizer = (common.LARS if config.optimizer == "lars" else torch.optim.SGD)(weights, lr=lr, momentum=0.9)
-    loss_of = run.loss(nt_xent)  # this file's, or that of kernels/, as --loss-backend says
+    loss_of = run.loss(nt_xent)  # nt_xent above or a kernel of kernels/, as --loss-backend says
     network = run.begin(model, optimizer=optimizer, guess=math.log(2 * n - 1))  # what a step calls
 
-    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):  # run saves and measures in between
+    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):  # saves and measures in between
         x1, x2 = augment(x1, config), augment(x2, config)  # t(x), t'(x): (n, 3, S, S)
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 
         z1, z2 = network(x1, x2)  # (n, d) each
-        loss = loss_of(z1, z2, tau)  # equation 1: nt_xent above, or the same of kernels/, without the matrix
+        loss = loss_of(z1, z2, tau)  # equation 1; a kernel computes it without the matrix
 
         optimizer.zero_grad()
         loss.backward()

@@ -2,9 +2,9 @@
 
 Chen, He, CVPR 2021, https://arxiv.org/abs/2011.10566
 
-Two views of each image are drawn. A predictor has to say from one view's output what the other view's output is, and no
-gradient flows through the other view. There are no negatives, no momentum encoder and no large batch. Without the
-stop-gradient all outputs collapse to one:
+SimSiam draws two views of each image. From the output of one view a predictor has to predict the output of the other
+view, and no gradient flows through the other view. SimSiam needs no negatives, no momentum encoder and no large batch.
+Without this stop-gradient all outputs collapse to one:
 
     z_i = f(x_i)    p_i = h(z_i)    f is the backbone and a projection MLP                            (section 3)
     D(p, z) = -(p / |p|) . (z / |z|)                                                                  (equation 1)
@@ -21,15 +21,15 @@ Only the backbone is kept: its output, which the other files call h, is the repr
     BN in the heads (table 3)  layer                               --head-bn
     symmetry (section 4.6)     train                               --no-symmetric
 
-    python simsiam.py                                       the demo: embedded data, two CPU cores
+    python simsiam.py                                       the demo: built-in data, two CPU cores
     python simsiam.py --data /my/photos                     your own pictures
     python simsiam.py --no-stop-gradient                    the collapse of figure 2
 
-The demo ends at a kNN of 0.852 to 0.925; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
+The demo ends at a kNN accuracy of 0.852 to 0.925; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
 Section 5's alternation and moving average are in benchmarks/simsiam_section5.py. This file differs from the authors'
-code in two points. The learning rate moves at every step, theirs at every epoch. The blur's kernel is a tenth of the
-side; theirs is Pillow's, which has no bound and at 32 pixels blurs visibly more.
+code in two points. Our learning rate moves at every step, the authors' at every epoch. Our blur's kernel is a tenth of
+the side; the authors' blur (Pillow's) has no bound and blurs visibly more at 32 pixels.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ CIFAR = dict(  # appendix D
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", epochs=800, lr=0.03, weight_decay=5e-4,
     projector_layers=2, blur=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, from some hundred on; sgd without a warm-up, as in the paper
+PHOTOS = dict(  # ours: for your own pictures, some hundred or more; sgd without a warm-up, as in the paper
     image_size=128, backbone="resnet18", epochs=100, batch_size=128, lr=0.1,
 )  # fmt: skip
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in about two minutes
@@ -63,24 +63,24 @@ class Config(RunConfig):
 
     PRESETS = {"paper": {}, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
-    stop_gradient: bool = True  # no gradient through the predicted view; without it outputs collapse (section 4.1)
-    predictor: Literal["mlp", "none", "fixed"] = "mlp"  # h; none: p = z; fixed: at its random start (table 1)
-    predictor_lr: Literal["constant", "decayed"] = "constant"  # of h (table 1: 68.1; decayed by the cosine: 67.7)
-    predictor_dim: int = 512  # width of h's hidden layer (section 3)
-    projection_dim: int = 2048  # d, width of z and p (section 3)
+    stop_gradient: bool = True  # no gradient through the predicted view; with one, outputs collapse (section 4.1)
+    predictor: Literal["mlp", "none", "fixed"] = "mlp"  # mlp, none, or fixed at its random first weights (table 1)
+    predictor_lr: Literal["constant", "decayed"] = "constant"  # lr of the predictor (table 1: 68.1; decayed: 67.7)
+    predictor_dim: int = 512  # width of the predictor's hidden layer (section 3)
+    projection_dim: int = 2048  # width of the outputs of projector and predictor (section 3)
     hidden_dim: int = 2048  # width of the projector's hidden layers (section 3)
-    projector_layers: int = 3  # Linear layers of the projector (section 3; CIFAR, appendix D: 2)
-    head_bn: Literal["none", "hidden", "default", "all"] = "default"  # hidden: not on z; all: on p too (table 3)
-    similarity: Literal["cosine", "cross-entropy"] = "cosine"  # D (section 4.5)
-    symmetric: bool = True  # each view predicts the other, or the first the second alone (section 4.6)
-    crop_min_scale: float = 0.2  # least area of a crop; the most is 1 (appendix A)
-    jitter_strength: float = 1.0  # times the colour jitter of 0.4, 0.4, 0.4, 0.1 (appendix A)
+    projector_layers: int = 3  # Linear layers of the projector (section 3; appendix D, CIFAR: 2)
+    head_bn: Literal["none", "hidden", "default", "all"] = "default"  # default: no BN on predictor's output (table 3)
+    similarity: Literal["cosine", "cross-entropy"] = "cosine"  # how the loss compares two outputs (section 4.5)
+    symmetric: bool = True  # each view predicts the other; if off, only the first view predicts (section 4.6)
+    crop_min_scale: float = 0.2  # least share of the picture that a crop covers; the most is 1 (appendix A)
+    jitter_strength: float = 1.0  # factor on colour jitter: brightness, contrast, saturation 0.4, hue 0.1 (appendix A)
     blur: float = 0.5  # probability of a blur (appendix A; CIFAR: none)
-    epochs: int = 100  # passes over the training images (section 4; best 800)
-    batch_size: int = 512  # N, images in a step (section 3)
-    lr: float = 0.05  # learning rate for N = 256; it is scaled by N/256 (section 3)
-    weight_decay: float = 1e-4  # weight decay, on everything (section 3)
-    warmup_epochs: float = 0.0  # epochs of warm-up, then a cosine to 0 (4.3, 4.4: 10 for N >= 1024, no BN in heads)
+    epochs: int = 100  # passes over the training images; the best results take 800 (section 4)
+    batch_size: int = 512  # images in a step, N (section 3)
+    lr: float = 0.05  # learning rate, which the run multiplies by --batch-size / 256 (section 3)
+    weight_decay: float = 1e-4  # weight decay, also on BN and biases (section 3)
+    warmup_epochs: float = 0.0  # epochs of warm-up, then a cosine to 0; 10 if N >= 1024 (section 4.3) or no BN (4.4)
     out: str = "runs/simsiam"  # folder of the run's files
 
     def check(self) -> None:
@@ -93,9 +93,9 @@ class Config(RunConfig):
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """T(x) after the crop (appendix A, which is MoCo v2's), a draw of its own for every image. x: (N, 3, H, W)."""
+    """T(x) after the crop: MoCo v2's (appendix A), drawn anew for every image. x: (N, 3, H, W)."""
     s = config.jitter_strength
-    x = sometimes(x, 0.8, color_jitter, 0.4 * s, 0.4 * s, 0.4 * s, 0.1 * s)
+    x = sometimes(x.clone(), 0.8, color_jitter, 0.4 * s, 0.4 * s, 0.4 * s, 0.1 * s)
     x = sometimes(x, 0.2, grey)
     x = sometimes(x, config.blur, gaussian_blur)
     x = sometimes(x, 0.5, flip)
@@ -103,7 +103,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
 
 
 def layer(inputs: int, outputs: int, bn: bool, relu: bool = True, affine: bool = True) -> list[nn.Module]:
-    """A Linear layer and the BN and ReLU behind it. Before a BN a bias would have no effect, so it has none."""
+    """A Linear layer, then BN and ReLU. With BN the Linear layer has no bias, which would have no effect."""
     parts = [nn.Linear(inputs, outputs, bias=not bn)]
     parts += [nn.BatchNorm1d(outputs, affine=affine)] if bn else []
     return parts + ([nn.ReLU(inplace=True)] if relu else [])
@@ -135,7 +135,7 @@ class SimSiam(nn.Module):
         return self.projector(self.backbone(x))
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        z1, z2 = self.embed(x1), self.embed(x2)  # one view after the other: BN statistics are of one view
+        z1, z2 = self.embed(x1), self.embed(x2)  # one view at a time, so each BN sees one view
         return self.predictor(z1), self.predictor(z2), z1, z2
 
 
@@ -146,7 +146,7 @@ def negative_cosine(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
 
 
 def softmax_cross_entropy(p: Tensor, z: Tensor, stop_gradient: bool = True) -> Tensor:
-    """D(p, stopgrad(z)) = -softmax(z) . log softmax(p), over d pseudo-categories, the mean over N rows (4.5)."""
+    """D(p, stopgrad(z)) = -softmax(z) . log softmax(p), over d pseudo-categories, the mean over rows (section 4.5)."""
     z = z.detach() if stop_gradient else z
     return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
@@ -155,7 +155,7 @@ DISTANCES = {"cosine": negative_cosine, "cross-entropy": softmax_cross_entropy}
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures; `out` is the run's folder."""
     run = common.Run(config, data)
     model = SimSiam(config).to(run.device, memory_format=torch.channels_last)
     lr, D = config.lr * config.batch_size / 256, DISTANCES[config.similarity]
@@ -165,7 +165,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     note = f"{D.__name__}, {'the mean of both directions' if config.symmetric else 'of one direction'}; "
     note += f"the predictor's learning rate is {config.predictor_lr}"
     network = run.begin(model, optimizer=optimizer, note=note)
-    optimizer.param_groups[1]["lr"] = lr  # a resumed run may be given another one
+    optimizer.param_groups[1]["lr"] = lr  # --resume may come with another --lr
 
     for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
         x1, x2 = augment(x1, config), augment(x2, config)  # (N, 3, S, S)

@@ -2,10 +2,10 @@
 
 Caron, Misra, Mairal, Goyal, Bojanowski, Joulin, NeurIPS 2020, https://arxiv.org/abs/2006.09882
 
-Contrastive learning by online clustering. The views of an image are compared with K prototypes c_k, the centres of
-clusters, and not with the views of other images. From z_t of one view the code q_s of the other view is predicted, and
-the other way round. The codes give all prototypes nearly equal shares of a batch; otherwise a single prototype would
-get every image:
+SwAV is contrastive learning by online clustering. It compares each view with K prototypes c_k, the cluster centres, and
+not with the views of other images. The output z_t of one view predicts the code q_s of the other view, and the other
+way round. The codes give all prototypes nearly equal shares of a batch. Without this rule a single prototype would get
+every image:
 
     z_t = g(f(x_t)) / |g(f(x_t))|       p_t = softmax(C^T z_t / tau) over the K prototypes, |c_k| = 1  (section 3.1)
     L = l(z_t, q_s) + l(z_s, q_t)       l(z_t, q_s) = -sum over k of q_s^(k) log p_t^(k)         (equations 1 and 2)
@@ -13,8 +13,9 @@ get every image:
       = Diag(u) exp(C^T Z / epsilon) Diag(v), nearly, after three Sinkhorn-Knopp iterations             (equation 5)
     L = sum over the large crops i and all crops j != i of l(z_j, q_i)                     (multi-crop, equation 6)
 
-with C = [c_1 ... c_K], and Z = [z_1 ... z_B] of one crop. Its codes q are the columns of B Q, and no gradient flows
-through them. H is the entropy. Only f is kept: h = f(x) is the representation.
+Here C = [c_1 ... c_K] holds the prototypes, and Z = [z_1 ... z_B] holds the outputs of one crop. The columns of B Q are
+the codes q of this crop, and no gradient flows through the codes. H is the entropy. Only the backbone f is kept: its
+output h = f(x) is the representation.
 
     paper                      here                        flag
     f; g                       model.backbone; .projector  --backbone; --hidden-dim, --projection-dim
@@ -25,14 +26,14 @@ through them. H is the entropy. Only f is kept: h = f(x) is the representation.
     the queue (small batches)  model.queue                 --queue-size, --queue-start-epoch
     tau                        temperature                 --temperature
 
-    python swav.py                                         the demo: embedded data, two CPU cores
+    python swav.py                                         the demo: built-in data, two CPU cores
     python swav.py --data /my/photos                       your own pictures
 
-The demo ends at a kNN of 0.962 to 0.990; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
+The demo ends at a kNN accuracy of 0.962 to 0.990; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in two points. The loss is the paper's sum over pairs, theirs is the mean. (For
-LARS the two are nearly the same: with the sum, weight decay counts for less.) The queue is filled from the start; the
-authors fill theirs from the epoch of its first use.
+This file differs from the authors' code in two points. Our loss is the paper's sum over pairs; the
+authors' loss is the mean. (LARS makes both nearly the same, but beside the sum weight decay counts for less.) Our queue
+fills from the start; the authors' queue fills from the epoch of its first use.
 """
 
 import itertools
@@ -55,14 +56,14 @@ CIFAR = dict(  # ours, since the paper does not train on CIFAR-10; only ten epoc
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", crops="2x32", epochs=800, batch_size=128,
     optimizer="sgd", lr=0.4, weight_decay=1e-4, prototypes=512, epsilon=0.01, crop_min_scale=0.2, blur=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+PHOTOS = dict(  # ours: for your own pictures, some hundred or more
     image_size=128, backbone="resnet18", crops="2x128", epochs=100, batch_size=128, optimizer="sgd", lr=0.1,
     weight_decay=1e-4, warmup_epochs=0.0, prototypes=256, epsilon=0.01, crop_min_scale=0.2,
 )  # fmt: skip
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in one and a half to three minutes
     data="shapes", image_size=32, backbone="resnet8", crops="2x32", epochs=6, batch_size=128, optimizer="sgd",
     lr=0.2, weight_decay=1e-4, warmup_epochs=1.0, prototypes=64,
-    epsilon=0.01,  # with softer codes p stays uniform for long
+    epsilon=0.01,  # with softer codes the predictions p stay uniform for long
     small_crop_min_scale=0.2, hidden_dim=256, projection_dim=64, crop_min_scale=0.35, jitter_strength=0.5, blur=0.0,
 )  # fmt: skip
 
@@ -70,7 +71,7 @@ DEMO = dict(  # ours: learns the shapes set on two CPU cores in one and a half t
 @dataclass(kw_only=True)
 class Config(RunConfig):
     """SwAV's flags. The defaults are the paper's ImageNet recipe of 800 epochs; its recipes of 100, 200 and 400 epochs
-    differ in --epochs alone. Sections, appendices and equations are the paper's, scripts the authors'."""
+    differ in --epochs alone. Sections, appendices and equations are the paper's; scripts are the authors'."""
 
     PRESETS = {
         "paper": {},
@@ -81,27 +82,27 @@ class Config(RunConfig):
         "demo": DEMO,
     }
 
-    crops: str = "2x224,6x96"  # number x side; all predict, crops of the first side, --image-size, give codes
-    prototypes: int = 3000  # K (appendix A)
-    epsilon: float = 0.05  # of the codes (appendix A): smaller is harder; try 0.03 when p stays uniform
-    sinkhorn_iterations: int = 3  # rounds towards equal shares (appendix A); 0 = softmaxes, which collapse
-    temperature: float = 0.1  # tau (appendix A)
-    freeze_prototypes_epochs: float = 1.0  # epochs at the start in which prototypes stand still (appendix A)
-    queue_size: int = 0  # past z that share the prototypes with a batch; the scripts take 15 batches; 0 = none
-    queue_start_epoch: float = 15.0  # epoch from which the queue is used, once it is full (scripts)
-    hidden_dim: int = 0  # width of g's hidden layer; 0 = the width of h, as in the scripts (2048)
-    projection_dim: int = 128  # d, width of z (appendix A)
-    crop_min_scale: float = 0.14  # least area of a large crop; the most is 1 (scripts)
-    small_crop_min_scale: float = 0.05  # least area of a small crop; the most is --crop-min-scale (scripts)
-    jitter_strength: float = 1.0  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s (scripts)
-    blur: float = 0.5  # probability of a blur (scripts); give 0 for pictures of 32 pixels
-    epochs: int = 800  # passes over the training images (scripts: 100, 200, 400 or 800)
-    batch_size: int = 4096  # B, images in a step (appendix A)
-    optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A), or sgd, whose lr acts on the sum of pairs
-    lr: float = 4.8  # learning rate, not scaled by B (appendix A: for 4096; scripts: 0.6 for 256)
-    warmup_start_scale: float = 0.0625  # part of --lr at which a warm-up starts (scripts: 0.3 of 4.8)
-    final_lr_scale: float = 0.001  # part of --lr at which the cosine ends (appendix A: 0.0048 of 4.8)
-    weight_decay: float = 1e-6  # weight decay, on everything (appendix A)
+    crops: str = "2x224,6x96"  # number x side; only crops of the first side, --image-size, give codes (equation 6)
+    prototypes: int = 3000  # number of prototypes K, the cluster centres (appendix A)
+    epsilon: float = 0.05  # softness of the codes: smaller is harder; try 0.03 if predictions stay uniform (appendix A)
+    sinkhorn_iterations: int = 3  # rounds that even out the prototypes' shares; 0: codes collapse (appendix A)
+    temperature: float = 0.1  # tau: smaller makes the predicted shares of the prototypes sharper (appendix A)
+    freeze_prototypes_epochs: float = 1.0  # epochs at the start in which the prototypes do not move (appendix A)
+    queue_size: int = 0  # past outputs z that share the prototypes; 0 = none (authors' scripts: 15 batches)
+    queue_start_epoch: float = 15.0  # epoch from which a full queue is used (authors' scripts)
+    hidden_dim: int = 0  # hidden width of the projection head; 0 = the backbone's (scripts: 2048)
+    projection_dim: int = 128  # width of z, the projection head's output (appendix A)
+    crop_min_scale: float = 0.14  # least share of the picture in a large crop; the most is 1 (authors' scripts)
+    small_crop_min_scale: float = 0.05  # least share of the picture in a small crop; most: --crop-min-scale (scripts)
+    jitter_strength: float = 1.0  # colour jitter: 0.8 times this, hue 0.2 times this (authors' scripts)
+    blur: float = 0.5  # probability of a blur; 0 for 32-pixel pictures (scripts)
+    epochs: int = 800  # passes over the training images (authors' scripts: 100, 200, 400 or 800)
+    batch_size: int = 4096  # images in a step, B (appendix A)
+    optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A), or sgd: its lr acts on the loss summed over pairs
+    lr: float = 4.8  # learning rate, not scaled by the batch size (appendix A: for 4096; scripts: 0.6 for 256)
+    warmup_start_scale: float = 0.0625  # share of --lr at which the warm-up starts (authors' scripts: 0.3 of 4.8)
+    final_lr_scale: float = 0.001  # share of --lr at which the cosine ends (appendix A: 0.0048 of 4.8)
+    weight_decay: float = 1e-6  # L2 on all parameters (appendix A)
     warmup_epochs: float = 10.0  # epochs of linear warm-up (appendix A)
     out: str = "runs/swav"  # folder of the run's files
 
@@ -114,7 +115,7 @@ class Config(RunConfig):
         (number, side), *small = crop_kinds(self.crops)
         sides = f"--image-size {self.image_size}: --crops {self.crops} begins with another side"
         ensure(side == self.image_size, f"{sides}; give both, such as --crops {number}x{self.image_size}")
-        if small:  # the areas of small crops end at --crop-min-scale
+        if small:  # the area of a small crop is at most --crop-min-scale
             self.need("small_crop_min_scale <= crop_min_scale")
         if self.queue_size:
             self.need("queue_size >= batch_size")
@@ -127,14 +128,14 @@ def crop_kinds(text: str) -> list[tuple[int, int]]:
     kinds = [(int(number), int(side)) for number, side in re.findall(r"([1-9]\d?)x([1-9]\d*)", text)]
     ok = ",".join(f"{number}x{side}" for number, side in kinds) == text and all(side >= 8 for _, side in kinds)
     ok = ok and len({side for _, side in kinds}) == len(kinds) and sum(number for number, _ in kinds) > 1
-    ensure(ok, f"--crops {text}: give two crops or more, number x side, a side once and at least 8, as in 2x224,6x96")
+    ensure(ok, f"--crops {text}: give two crops or more as number x side, each side once and at least 8: 2x224,6x96")
     return kinds
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """t(x) after the crop, SimCLR's (the authors' code), a draw of its own for every image. x: (B, 3, S, S)."""
+    """t(x) after the crop: SimCLR's (the authors' code), drawn anew for every image. x: (B, 3, S, S)."""
     s = config.jitter_strength
-    x = sometimes(x, 0.5, flip)
+    x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     x = sometimes(x, 0.2, grey)
     x = sometimes(x, config.blur, gaussian_blur)
@@ -142,8 +143,8 @@ def augment(x: Tensor, config: Config) -> Tensor:
 
 
 class SwAV(nn.Module):
-    """f, g, the prototypes and the queue. `model(*views)` is z and its scores z C of every view. `model.backbone(x)` is
-    h, and `model.embed(x)` is g(h).
+    """f, g, the prototypes and the queue. `model(*views)` is z and the scores z C, both of every view.
+    `model.backbone(x)` is h, and `model.embed(x)` is g(h).
 
     `prototypes.weight` (K, d) is C transposed; its rows have length 1. `queue` (large crops, L, d) holds past z.
     """
@@ -165,16 +166,16 @@ class SwAV(nn.Module):
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         kinds = itertools.groupby(views, key=lambda x: x.shape[-1])
-        h = torch.cat([self.backbone(torch.cat(list(x))) for _, x in kinds])  # BN of f over the crops of a side
-        z = F.normalize(self.projector(h).float(), dim=1).view(len(views), -1, self.dim)  # (V, B, d); BN of g over all
+        h = torch.cat([self.backbone(torch.cat(list(x))) for _, x in kinds])  # f's BN sees the crops of one side
+        z = F.normalize(self.projector(h).float(), dim=1).view(len(views), -1, self.dim)  # (V, B, d); g's BN sees all
         with torch.autocast(z.device.type, enabled=False):  # 16 bits are too coarse for a code
-            return z.transpose(0, 1), self.prototypes(z).transpose(0, 1)  # (B, V, d), (B, V, K): a row an image
+            return z.transpose(0, 1), self.prototypes(z).transpose(0, 1)  # (B, V, d), (B, V, K): a row per image
 
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int, with_queue: bool) -> Tensor:
-        """q (B, K) of a large crop, from its scores (B, K). With the queue, its past z share the prototypes too.
+        """The codes q (B, K) of a large crop, from its scores (B, K). With the queue, past z share the prototypes too.
 
-        Of several processes each brings its own images, and every W-th row of the queue.
+        Each of W processes brings its own images, and every W-th row of the queue.
         """
         c, (rank, world) = self.config, common.share()
         past = [self.prototypes(self.queue[crop, rank::world])] if with_queue else []  # (L / W, K)
@@ -183,7 +184,7 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, step: int) -> None:
-        """Bring the prototypes back to length 1; put z (B, V, d) of the large crops over the queue's oldest."""
+        """Scale the prototypes to length 1. In the queue, z (B, V, d) of the large crops replaces the oldest z."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         if self.config.queue_size:
             z = common.gather(z[:, : len(self.queue)])  # of all processes
@@ -193,11 +194,11 @@ class SwAV(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, group: Any = None) -> Tensor:
-    """Codes (B, K), float32, of scores z C (B, K): equation 5's Q transposed and times B, so that a row sums to 1.
+    """Codes (B, K), float32, from scores z C (B, K): equation 5's Q, transposed and times B, so that a row sums to 1.
 
-    An iteration gives equal shares to the prototypes, then to the images. With no iteration codes are softmax(scores /
-    epsilon). With a process group the prototypes are shared among the images of all its processes, and each process
-    gets the codes of its own images. Logarithms make any epsilon > 0 safe.
+    An iteration gives equal shares first to the prototypes, then to the images. Without an iteration the codes are
+    softmax(scores / epsilon). With a process group, the images of all its processes share the prototypes, and each
+    process gets the codes of its own images. Logarithms make any epsilon > 0 safe.
     """
 
     def log_share(log_q: Tensor) -> Tensor:  # the share of each prototype, over all images: (K,)
@@ -208,11 +209,11 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3, group: 
         torch.distributed.all_gather(shares, share, group)
         return torch.stack(shares).logsumexp(0)
 
-    log_q = scores.float() / max(epsilon, 1e-30)  # a smaller one would overflow
+    log_q = scores.float() / max(epsilon, 1e-30)  # a smaller epsilon would overflow
     for _ in range(iterations):
-        log_q = log_q - log_share(log_q)  # u: the rows of Q, the same share for every prototype
-        log_q = log_q.log_softmax(1)  # v: its columns, the same for every image
-    return log_q.softmax(1)  # exp, if there was an iteration
+        log_q = log_q - log_share(log_q)  # u scales Q's rows: every prototype gets the same share
+        log_q = log_q.log_softmax(1)  # v scales Q's columns: every image gets the same share
+    return log_q.softmax(1)  # after an iteration, this is exp alone
 
 
 def swapped_prediction(scores: Tensor, codes: Tensor, temperature: float = 0.1) -> Tensor:
@@ -223,7 +224,7 @@ def swapped_prediction(scores: Tensor, codes: Tensor, temperature: float = 0.1) 
 
 
 def train(config: Config, data: Any = None) -> dict[str, Any]:
-    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures and, as `out`, the folder."""
+    """Train on `config.data`, or on `data` (see `common.Run`). Returns the final figures; `out` is the run's folder."""
     run = common.Run(config, data)
     n, there, queue, tau = config.batch_size, len(run.data.train), config.queue_size, config.temperature
     ensure(queue <= there, f"--queue-size {queue}: there are {there:,} training images; give 0, or {n} to {there}")
@@ -244,12 +245,12 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     queue_from = math.ceil(max(config.queue_start_epoch * run.steps, queue / n))
     note = f"swapped_prediction, the sum over {len(pairs)} pairs of crops {config.crops}; the {config.prototypes:,} "
     note += f"prototypes stand still for {frozen_until:,} steps"
-    note += f"; from step {queue_from:,} on {queue:,} past images share them" if queue else ""
-    guess = len(pairs) * math.log(config.prototypes)  # of a uniform p
+    note += f"; from step {queue_from:,} on {queue:,} past outputs share them" if queue else ""
+    guess = len(pairs) * math.log(config.prototypes)  # the loss of a uniform p
     network = run.begin(model, optimizer=optimizer, guess=guess, note=note)
 
     for _, views in run.batches(crops=crops):
-        views = [augment(x, config) for x in views]  # V of (B, 3, S, S), large ones first
+        views = [augment(x, config) for x in views]  # V views of (B, 3, S, S), the large crops first
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr, first_lr, last_lr))
 
         z, scores = network(*views)  # (B, V, d), (B, V, K)
