@@ -1,14 +1,14 @@
-"""SimCLR's figure 5: which augmentations, alone or two in a row, make a task worth learning.
+"""SimCLR's figure 5: which augmentations, alone or in pairs, make a task from which a network learns useful features?
 
-    python benchmarks/augmentations.py                                  the matrix of all seven: 49 demos
-    python benchmarks/augmentations.py --ops crop color                 four runs: each alone, and both in either order
-    python benchmarks/augmentations.py --data /my/photos --backbone resnet18         any flag of simclr.py
+    python benchmarks/augmentations.py                             the whole matrix of seven augmentations: 49 demos
+    python benchmarks/augmentations.py --ops crop color            four runs: each alone, and both in each order
+    python benchmarks/augmentations.py --data /my/photos --backbone resnet18    any flag of simclr.py
 
-Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 3.1. Both views of an image are one and the same
-random crop; one branch is augmented further by the cell's operations, the other is left as it is. A cell is linear
-top-1 of the frozen h; its row's operation comes first, its column's second, and the diagonal is one operation alone.
-The paper finds that none suffices alone, and that crop with colour stands out. The strengths of cutout, noise and
-rotation are not in the paper: here a square of half the side, sigma up to 0.1, and quarter turns (figure 4).
+Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 3.1. Both views of an image are the same random crop.
+The cell's operations augment one of them further; the other stays as it is. A cell shows linear top-1 of the frozen h.
+Its row names the first operation and its column the second; a cell on the diagonal has only one. The paper finds that
+no operation suffices alone, and that crop with colour stands out. It gives no strengths for cutout, noise and rotation.
+Ours are a square of half the side, sigma up to 0.1, and quarter turns (figure 4).
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from simclr import Config
 
 
 def crop(x: Tensor, config: Config) -> Tensor:
-    """Another random crop, of the crop."""
+    """Crop the crop x again at random."""
     sizes = torch.tensor(x.shape[2:]).expand(len(x), 2)
     return crop_resize(x, crop_boxes(sizes, config.image_size, (config.crop_min_scale, 1.0)), config.image_size)
 
 
 def cutout(x: Tensor, centre: Tensor, side: float = 0.5) -> Tensor:
-    """Black out a square of `side` times the picture's around `centre` (N, 2) in [0, 1], cut off at the border."""
+    """Black out a square around `centre` (N, 2), in [0, 1]: `side` times the picture's side, cut off at the borders."""
     inside = []
     for axis, n in enumerate(x.shape[2:]):
         start = (centre[:, axis] * n).floor() - round(n * side) // 2
@@ -47,16 +47,16 @@ def cutout(x: Tensor, centre: Tensor, side: float = 0.5) -> Tensor:
 
 
 def color(x: Tensor, config: Config) -> Tensor:
-    """Appendix A: jitter, then drop the colours."""
+    """Jitter the colours, then sometimes drop them (appendix A)."""
     s = config.jitter_strength
     return sometimes(sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s), 0.2, grey)
 
 
-OPS = {  # each takes x (N, 3, S, S) in [0, 1], with a draw of its own for every image, and may change it in place
+OPS = {  # each takes x (N, 3, S, S) in [0, 1], draws anew for every image, and may change x in place
     "crop": crop,
     "cutout": lambda x, _: cutout(x, torch.rand(len(x), 2)),
     "color": color,
-    "sobel": lambda x, _: sobel(x).contiguous(),  # three channels of their own, to be changed in place
+    "sobel": lambda x, _: sobel(x).contiguous(),  # a copy, so that x may be changed in place
     "noise": lambda x, _: gaussian_noise(x, torch.empty(len(x), 1, 1, 1).uniform_(0, 0.1).to(x.device)),
     "blur": lambda x, _: sometimes(x, 0.5, gaussian_blur),  # appendix A
     "rotate": lambda x, _: rotate(x, torch.randint(4, (len(x),))),
@@ -64,7 +64,7 @@ OPS = {  # each takes x (N, 3, S, S) in [0, 1], with a draw of its own for every
 
 
 def one_branch(x: Tensor, ops: list[str], config: Config) -> tuple[Tensor, Tensor]:
-    """t(x) and x of the shared crop x (N, 3, S, S) in [0, 1], t the operations in their order; both normalised."""
+    """Return t(x) and x, both normalised. x: the shared crop (N, 3, S, S) in [0, 1]; t: the operations in order."""
     t = x.clone()
     for op in ops:
         t = OPS[op](t, config)
@@ -72,9 +72,9 @@ def one_branch(x: Tensor, ops: list[str], config: Config) -> tuple[Tensor, Tenso
 
 
 def train(config: Config, ops: list[str]) -> dict[str, Any]:
-    """`simclr.train` with the views of `one_branch`; the figures, with the linear classifier's on the frozen h."""
+    """Train as `simclr.train`, on the views of `one_branch`; return the figures, and linear top-1 of the frozen h."""
     run = common.Run(config)
-    ensure(run.data.labelled, f"--data {run.data.name}: no held-out images with labels; give a set that has some")
+    ensure(run.data.labelled, f"--data {run.data.name}: has no held-out images with labels; give a set that does")
     model = simclr.SimCLR(config).to(run.device, memory_format=torch.channels_last)
     lr, weights = config.lr * config.batch_size / 256, common.parameter_groups(model, config.weight_decay)
     optimizer = (common.LARS if config.optimizer == "lars" else torch.optim.SGD)(weights, lr=lr, momentum=0.9)
@@ -86,14 +86,14 @@ def train(config: Config, ops: list[str]) -> dict[str, Any]:
             z1, z2 = network(x1, x2)
             yield loss_of(z1, z2, config.temperature), z1, x1, x2
 
-    found = table.learn(run, model, optimizer, lr, losses, f"one crop; one branch has {', then '.join(ops)}")
+    found = table.learn(run, model, optimizer, lr, losses, f"one crop; one view gets {', then '.join(ops)}")
     return found | table.linear(found["out"])
 
 
 def main(argv: list[str] | None = None) -> str:
     """Run the cells that the command line asks for; print and return the matrix."""
     flags = table.parser(__doc__, "augmentations")
-    flags.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="of the matrix (default: all seven)")
+    flags.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="what to combine (default: all seven)")
     args, rest = flags.parse_known_args(argv)
     base, lines, means = table.base_config(Config, rest, ("blur", "lr_scaling")), [], []
     for first in args.ops:
@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> str:
             means[-1].append(sum(found) / len(found))
         lines.append([first, *line])
     matrix = table.markdown(["first, then", *args.ops], lines)
-    print(f"\npython simclr.py {' '.join(rest)}, one branch, seeds {', '.join(map(str, args.seeds))}\n\n{matrix}")
+    print(f"\npython simclr.py {' '.join(rest)}, one view augmented, seeds {', '.join(map(str, args.seeds))}\n")
+    print(matrix)
     draw(means, args.ops, Path(args.out) / "augmentations.png")
     return matrix
 

@@ -3,14 +3,14 @@
     python simclr.py && python benchmarks/detection.py                  runs/simclr/backbone.pt against random weights
     python benchmarks/detection.py --init runs/swav/backbone.pt --images 50 --seeds 0 1 2 3 4
 
-On canvases of 96 x 96 pixels one to four of the ten shapes of images.py are to be found and named, by torchvision's
-Faster R-CNN with its FPN on layer2 and layer3 of `resnet8`. All layers are trained, from either start on the same
-canvases, for as many steps at the same rate: 0.001 was the best of 0.0005, 0.001 and 0.004 for either (400 canvases,
-200 steps, a seed that is not a default one). torchvision freezes the BN of a pretrained backbone; random weights would
-then never have a fitting one, so BN is trained in both, and the FPN has its own, as MoCo does it (He et al., CVPR 2020,
-https://arxiv.org/abs/1911.05722, section 4.2). So few steps favour the trained backbone; --steps takes more.
-A cell is AP at IoU 0.5 on 300 held-out canvases, the mean over the seeds (lowest to highest). A seed draws the training
-canvases, the weights of the new layers and the batches.
+Each canvas of 96 x 96 pixels holds one to four of the ten shapes of images.py, which the detector has to find and name.
+The detector is torchvision's Faster R-CNN, with its FPN on layer2 and layer3 of `resnet8`. All layers are trained. Both
+starts get the same canvases, number of steps and learning rate: 0.001 was the best of 0.0005, 0.001 and 0.004 for both
+(400 canvases, 200 steps, a seed that is not among the defaults). torchvision freezes the BN of a pretrained backbone,
+and a frozen BN would never fit random weights. So we train BN from both starts, and the FPN has BN too, as in MoCo (He
+et al., CVPR 2020, https://arxiv.org/abs/1911.05722, section 4.2). Few steps favour the trained backbone; --steps takes
+more. A cell is AP at IoU 0.5 on 300 held-out canvases: the mean over the seeds (lowest to highest). A seed draws the
+training canvases, the weights of the new layers and the batches.
 """
 
 import math
@@ -35,17 +35,17 @@ from benchmarks import table
 from images import SHAPES, ensure
 
 SIDE, HELD_OUT, BATCH = 96, 300, 8
-Boxes = dict[str, Tensor]  # of one canvas, as torchvision's detectors take and give them: boxes, labels, scores
+Boxes = dict[str, Tensor]  # one canvas's boxes, labels and scores, as torchvision's detectors use them
 
 
 def draw_canvases(n: int, seed: int) -> tuple[Tensor, list[Boxes]]:
-    """Draw `n` canvases: uint8 (n, 3, SIDE, SIDE), and of each the boxes (K, 4), x1 y1 x2 y2, and labels (K,), 1 to 10.
+    """Draw `n` canvases, uint8 (n, 3, SIDE, SIDE); each has boxes (K, 4), x1 y1 x2 y2, and labels (K,), 1 to 10.
 
-    Colours, noise and nuisances are those of `images.make_shapes`. A box is that of the outline. Boxes do not overlap:
-    a shape for which twenty tries find no room is left out.
+    Colours, noise and nuisances are those of `images.make_shapes`. A box bounds the shape's outline. Boxes do not
+    overlap: a shape that finds no room in twenty tries is left out.
     """
-    rng, names, fine = np.random.default_rng(seed), list(SHAPES), 4  # drawn finer, so that edges are smooth
-    colours = np.array([[0.2, 0.3, 0.45], [0.85, 0.65, 0.3]])  # of ground and shapes, before the light
+    rng, names, fine = np.random.default_rng(seed), list(SHAPES), 4  # drawn 4 times finer, for smooth edges
+    colours = np.array([[0.2, 0.3, 0.45], [0.85, 0.65, 0.3]])  # of the ground and the shapes, before brightness varies
     pixels, truths = np.empty((n, 3, SIDE, SIDE), np.uint8), []
     for i in range(n):
         canvas = np.ones((SIDE, SIDE, 3)) * colours[0] * rng.uniform(0.9, 1.1)
@@ -75,12 +75,13 @@ def draw_canvases(n: int, seed: int) -> tuple[Tensor, list[Boxes]]:
 
 
 def average_precision(detections: list[Boxes], truths: list[Boxes], classes: Iterable[int], iou: float = 0.5) -> float:
-    """COCO's AP at one IoU: a mean over those of the `classes` that have a true box; NaN if none has.
+    """COCO's AP at one IoU: the mean over the `classes` that have a true box; NaN if no class has one.
 
-    Of each picture `detections` holds boxes (D, 4), scores (D,) and labels (D,), `truths` boxes (T, 4) and labels (T,).
-    By falling score each detection takes, of the true boxes of its picture and class that none has taken, the one it
-    overlaps most, if their IoU is at least `iou`; else it is false. The precision at a recall is the best one there or
-    above, 0 beyond the last; the AP of a class is its mean over the recalls 0, 0.01, ..., 1.
+    For each picture, `detections` holds boxes (D, 4), scores (D,) and labels (D,); `truths` holds boxes (T, 4) and
+    labels (T,). Detections come in order of falling score. Each takes the true box that it overlaps most, among the
+    boxes of its picture and class that are not taken yet; if their IoU is below `iou`, the detection is false. The
+    precision at a recall is the best precision at that recall or above it, and 0 beyond the last. The AP of a class is
+    its mean precision over the recalls 0, 0.01, ..., 1.
     """
     result = []
     for c in classes:
@@ -99,16 +100,16 @@ def average_precision(detections: list[Boxes], truths: list[Boxes], classes: Ite
             order = torch.cat(scores).argsort(descending=True, stable=True)
             right = torch.tensor(hits, dtype=torch.float64)[order].cumsum(0)  # (all D,)
             precision = right / torch.arange(1, len(right) + 1)
-            best = torch.cat([precision.flip(0).cummax(0).values.flip(0), torch.zeros(1)])  # the last: never reached
+            best = torch.cat([precision.flip(0).cummax(0).values.flip(0), torch.zeros(1)])  # 0: never reached
             at = torch.searchsorted(right / total, torch.from_numpy(np.linspace(0, 1, 101)))
             result.append(best[at].mean().item())
     return sum(result) / len(result) if result else math.nan
 
 
 def detector(seed: int, init: str) -> FasterRCNN:
-    """Faster R-CNN on resnet8 with the weights `init`: a file's, or random ones, the same for the same seed.
+    """Faster R-CNN on resnet8. `init`: a file of weights, or random weights, which depend on the seed alone.
 
-    It takes pictures in [0, 1] and normalises them by torchvision's mean and std, which our networks are fed, too.
+    It takes pictures in [0, 1] and normalises them by torchvision's mean and std, as our networks' inputs are, too.
     """
     torch.manual_seed(seed)
     body, d, hidden = common.build_backbone(common.RunConfig(backbone="resnet8", init=init)), 64, 128
@@ -120,7 +121,7 @@ def detector(seed: int, init: str) -> FasterRCNN:
 
 
 def train(model: FasterRCNN, pixels: Tensor, truths: list[Boxes], seed: int, steps: int, lr: float) -> None:
-    """AdamW on `steps` batches of the canvases uint8 (N, 3, S, S): a warm-up of a tenth, then half a cosine."""
+    """Train by AdamW on `steps` batches of the canvases, uint8 (N, 3, S, S): a tenth is warm-up, then half a cosine."""
     torch.manual_seed(seed)
     epochs = -(-steps * BATCH // len(pixels))
     order = torch.cat([torch.randperm(len(pixels)) for _ in range(epochs)]).tolist()
@@ -137,7 +138,7 @@ def train(model: FasterRCNN, pixels: Tensor, truths: list[Boxes], seed: int, ste
 
 @torch.no_grad()
 def evaluate(model: FasterRCNN, pixels: Tensor, truths: list[Boxes]) -> float:
-    """AP at IoU 0.5 on the canvases uint8 (N, 3, S, S)."""
+    """AP at IoU 0.5 on the canvases, uint8 (N, 3, S, S)."""
     model.eval()
     found = [boxes for part in pixels.split(50) for boxes in model(list(part / 255))]
     return average_precision(found, truths, range(1, len(SHAPES) + 1))
@@ -149,8 +150,8 @@ def main(argv: list[str] | None = None) -> str:
     add = flags.add_argument
     add("--init", default="runs/simclr/backbone.pt", help="a run's backbone.pt (default runs/simclr/backbone.pt)")
     add("--images", type=int, nargs="+", default=[100, 400], help="labelled training canvases (default 100 400)")
-    add("--steps", type=int, default=300, help=f"of {BATCH} canvases (default 300)")
-    add("--lr", type=float, default=0.001, help="its peak, for both starts (default 0.001)")
+    add("--steps", type=int, default=300, help=f"training steps, of {BATCH} canvases each (default 300)")
+    add("--lr", type=float, default=0.001, help="peak learning rate for both starts (default 0.001)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="run each cell with each of these (default 0 1 2)")
     args = flags.parse_args(argv)
     ensure(min(args.images) >= 1 and args.steps >= 1, "--images, --steps: must be at least 1")
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> str:
     for n in args.images:
         found = {name: [] for name in starts}
         for seed in args.seeds:
-            canvases = draw_canvases(n, seed + 1)  # 0 drew the held-out ones
+            canvases = draw_canvases(n, seed + 1)  # seed 0 drew the held-out canvases
             for name, init in starts.items():
                 started = time.monotonic()
                 model = detector(seed, init)

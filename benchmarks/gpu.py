@@ -1,16 +1,17 @@
-"""Everything that a GPU must show, in one command of about eight minutes, written row by row to one Markdown file.
+"""All checks that need a GPU, in one command of about eight minutes. It writes one Markdown file, row by row.
 
     python benchmarks/gpu.py                            on a CUDA machine; writes gpu.md
     python benchmarks/gpu.py --pictures pictures.pt     trains on these pictures, not on the shapes
     python benchmarks/gpu.py --pack FOLDER              makes pictures.pt, at most 48 MiB, from a folder of JPEG files
-    python benchmarks/gpu.py --device cpu --quick       all of it, small, on a CPU, to see that the script works
-                                                        (the Triton kernels, too, if TRITON_INTERPRET=1 is set)
+    python benchmarks/gpu.py --device cpu --quick       a small version of every table on a CPU, to test the script
+                                                        (with TRITON_INTERPRET=1 also the Triton kernels)
 
-(a) Value and gradient of each loss against float64, beside the naive loss in the same precision, on rows that are
-random, trained (pairs at a cosine of 0.9 and 0.99), clustered and collapsed. (b) 200 repeats, equal to the bit. (c) The
-GPU tests. (d) Time by events and in a CUDA graph, launches, memory; and configurations of the kernels. (e) SimCLR,
-ResNet-18, `--amp bf16`, for as long as time is left. A process of its own makes the rows. A row that raises, or takes
-too long, costs that row alone: the process is then replaced, and what it printed stands in the row.
+(a) The errors of each loss's value and gradient against float64, beside the naive loss in the same precision. The rows
+are random, as after training (pairs at a cosine of 0.9 and 0.99), clustered or collapsed. (b) Whether 200 repeats are
+equal to the bit. (c) The GPU tests. (d) Time by events and in a CUDA graph, launches, and memory; then the time of
+several kernel configurations. (e) SimCLR with ResNet-18 and `--amp bf16`, for the time that is left. A separate process
+makes the rows. If a row raises or takes too long, only this row is lost: a new process replaces the old one, and the
+row shows what the old one printed.
 """
 
 import argparse
@@ -48,7 +49,7 @@ KINDS = "random", "cosine 0.9", "cosine 0.99", "clustered", "collapsed"
 
 
 def pairs(kind: str, n: int, d: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """n pairs of rows (n, d), of a fixed seed, such as training makes them."""
+    """Draw n pairs of rows (n, d), as training makes them, from a fixed seed."""
     draw = torch.Generator().manual_seed(n + d)
     base, one, two = torch.randn(3, n, d, generator=draw).to(device)
     if kind == "random":
@@ -63,7 +64,7 @@ def pairs(kind: str, n: int, d: int, device: str) -> tuple[torch.Tensor, torch.T
 
 
 def losses(n: int, t: float, device: str, backend: str = OURS) -> dict:
-    """Name -> (ours, naive), each of z1 and z2 (n, d); the gradient asked for is that of z1."""
+    """Name -> (our loss, the naive loss), both functions of z1 and z2 (n, d)."""
     labels = torch.arange(n, device=device).remainder(max(1, n // 16)).repeat(2)
 
     def naive_towers(a, b):
@@ -92,19 +93,18 @@ def losses(n: int, t: float, device: str, backend: str = OURS) -> dict:
 
 
 def gradient(function, a, b):
-    """The value, and its gradient by a, taken of 2^12 times the value: as by a loss scaler, for float16."""
+    """The value and its gradient by a. The backward pass starts from 2^12, as with a loss scaler for float16."""
     a = a.detach().requires_grad_()
     value = function(a, b)
     return value.detach().double(), torch.autograd.grad(2**12 * value, a)[0].double() / 2**12
 
 
 def precision(name: str, kind: str, n: int, d: int, t: float, dtype: str, device: str) -> list[str]:
-    """Errors of ours and of the naive loss in `dtype` (half precision: under autocast), over the size of the exact."""
+    """Relative errors of our and of the naive loss in `dtype`. In half precision the naive loss is under autocast."""
     to = getattr(torch, dtype)
     a, b = (x.to(to) for x in pairs(kind, n, d, device))
-    large = (
-        n > 4096 and device == "cuda"
-    )  # then the reference is the blocked loss in float64, which the small rows hold against the formula
+    # At large sizes the reference is the blocked loss in float64; the small rows test that loss against the formula.
+    large = n > 4096 and device == "cuda"
     exact = losses(n, t, device, "blocked")[name][0] if large else losses(n, t, device)[name][1]
     value, reference = gradient(exact, a.double(), b.double())
     ours, naive = losses(n, t, device)[name]
@@ -144,7 +144,7 @@ def tests(seconds: int) -> list[str]:
 
 
 def milliseconds(step, device: str, limit: float = 1.5) -> float:
-    """The median time of a step, by events on a GPU, within about `limit` seconds."""
+    """The median time of a step, measured for about `limit` seconds; on a GPU by events."""
     times, end = [], time.perf_counter() + limit
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 50):
         if device == "cpu":
@@ -160,7 +160,7 @@ def milliseconds(step, device: str, limit: float = 1.5) -> float:
 
 
 def graphed(step):
-    """The step as a CUDA graph to replay."""
+    """Record the step as a CUDA graph; returns what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -180,7 +180,7 @@ def launches(step) -> int:
 
 
 def speed(problem: str, size: int, dtype: str, device: str) -> list[str]:
-    """Forward and backward: ours by events and as a graph, launches, the other losses' times, memory beyond inputs."""
+    """Forward and backward: our time by events and in a graph, our launches, the others' times, extra memory."""
     cells, table = [problem, f"{size:,}", dtype], loss.NT_XENT if problem == "nt_xent" else loss.MOCO
     arguments = loss.inputs(problem, size, 128, device, getattr(torch, dtype))
     moving, memory = [x for x in arguments if x.requires_grad], []
@@ -200,14 +200,14 @@ def speed(problem: str, size: int, dtype: str, device: str) -> list[str]:
             if name == "ours":
                 on_gpu = device == "cuda"
                 cells += [f"{milliseconds(graphed(step), device):.3f}", str(launches(step))] if on_gpu else ["-", "-"]
-        except Exception as problem:  # a baseline that fails must not cost our figures
+        except Exception as problem:  # if a baseline fails, our figures stay
             cells += [type(problem).__name__] + ["-", "-"] * (name == "ours")
             torch.cuda.empty_cache()
     return [*cells, " / ".join(memory) or "-"]
 
 
 def configured(name: str, tile: tuple, size: int, dtype: str, device: str) -> list[str]:
-    """Time of nt_xent where one of its walks, "forward" or "backward", has the given BM, BN, BD, warps and stages."""
+    """Time of nt_xent when its "forward" or its "backward" walk takes the given BM, BN, BD, warps and stages."""
     from kernels import fused
 
     usual, arguments = fused.configuration, loss.inputs("nt_xent", size, 128, device, getattr(torch, dtype))
@@ -221,12 +221,12 @@ def configured(name: str, tile: tuple, size: int, dtype: str, device: str) -> li
 
 
 def pack(folder: str, path: str, most: int = 48 * 2**20) -> None:
-    """Write the JPEG files of train/ and, until the file would be larger than `most` bytes, of test/, with labels."""
+    """Write the JPEG files of train/, then of test/, and their labels to one file of at most `most` bytes."""
     root, data, total = Path(folder), {"train": [], "test": []}, 0
     names = sorted(place.name for place in (root / "train").iterdir())
     for split, held in data.items():
         columns = [sorted((root / split / name).iterdir()) for name in names]
-        for row in zip(*columns, strict=False):  # one picture of each class: all classes are cut at the same length
+        for row in zip(*columns, strict=False):  # a picture of each class, so that all classes are cut equally
             files = [torch.frombuffer(bytearray(place.read_bytes()), dtype=torch.uint8) for place in row]
             total += sum(len(x) for x in files)
             if total > most - 2**20:
@@ -244,7 +244,7 @@ def pack(folder: str, path: str, most: int = 48 * 2**20) -> None:
 
 @functools.cache
 def training_data(pictures: str, device: str) -> images.Data:
-    """The pictures that `pack` wrote, or the shapes if there are none, on the device."""
+    """The pictures that `pack` wrote, or else the shapes, on the device."""
     if not pictures:
         config = simclr.Config(data="shapes", image_size=32, device=device)
         return images.load(config, torch.device(device))
@@ -257,7 +257,7 @@ def training_data(pictures: str, device: str) -> images.Data:
 
 
 def training(backend: str, pictures: str, device: str, quick: bool, seconds: float) -> list[str]:
-    """SimCLR by its CIFAR recipe: images/s of the second 20 steps, or kNN after what epochs fit in the seconds."""
+    """SimCLR by its CIFAR recipe: images/s of the second 20 steps, or kNN after the epochs that fit in the seconds."""
     data, begun = training_data(pictures, device), time.perf_counter()
     size = dict(backbone="resnet8", image_size=16, batch_size=16) if quick else dict(amp="bf16", batch_size=512)
     few = images.Data(
@@ -280,7 +280,7 @@ def training(backend: str, pictures: str, device: str, quick: bool, seconds: flo
 class Table(NamedTuple):
     title: str
     headers: list[str]
-    seconds: float  # that a row may take; 0: all that are left, which it is then told
+    seconds: float  # the most for a row; 0: all that are left
     rows: list[functools.partial]  # each returns its cells
 
 
@@ -310,7 +310,7 @@ def plan(device: str, quick: bool, pictures: str) -> list[Table]:
               ["loss", "rows", "2N", "d", "t", "dtype", "ours", "naive"], 40,
               [call(precision, *row, device) for row in exact]),
         Table("Repeats", ["loss", "2N", "dtype", "bits"], 60, [call(repeats, *row) for row in bitwise]),
-        Table("The GPU tests", ["command", "its last line"], 160, [] if quick else [call(tests, 150)]),
+        Table("The GPU tests", ["command", "last line of its output"], 160, [] if quick else [call(tests, 150)]),
         Table("Forward and backward, ms, d = 128",
               ["loss", "size", "dtype", "ours", "in a graph", "launches", *others], 90,
               [call(speed, *row, device) for row in timed]),
@@ -323,12 +323,12 @@ def plan(device: str, quick: bool, pictures: str) -> list[Table]:
 
 
 def work(pipe, log: str) -> None:
-    """In a process: make the rows that come by the pipe. What it prints goes to the file `log`."""
-    os.setsid()  # so that what it starts is stopped with it
+    """The work of the process: make the rows that come through the pipe. Its output goes to the file `log`."""
+    os.setsid()  # a group of its own, so that its children are stopped with it
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    pipe.send("ready")  # what it imports does not count as time of a row
+    pipe.send("ready")  # sent after the imports, so that their time is not a row's
     while True:
         row = pipe.recv()
         try:
@@ -339,26 +339,26 @@ def work(pipe, log: str) -> None:
 
 
 class Worker:
-    """The process that makes rows; a new one replaces one that died or took too long."""
+    """The process that makes rows. If it dies or takes too long, a new process replaces it."""
 
     def __init__(self) -> None:
         self.process, self.log = None, tempfile.mkstemp()[1]
 
     def cells(self, row: functools.partial, seconds: float) -> tuple[bool, list[str]]:
-        """Whether the row could be made, and its cells."""
+        """Return whether the row could be made, and its cells."""
         if fresh := self.process is None or not self.process.is_alive():
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
             self.process = context.Process(target=work, args=(theirs, self.log))
             self.process.start()
-            theirs.close()  # so that its end is seen here
+            theirs.close()  # so that the pipe closes here when the process ends
         try:
             if fresh:
                 self.pipe.recv()
             self.pipe.send(row)
             if self.pipe.poll(seconds):
                 good, cells = self.pipe.recv()
-                if not good:  # after an error of CUDA the process could use the GPU no more
+                if not good:  # after a CUDA error the process cannot use the GPU any more
                     self.stop()
                 return good, cells if good else [named(row), cells.replace("|", "/")]
             problem = f"no result within {seconds:.0f} s"
@@ -380,7 +380,7 @@ def named(row: functools.partial) -> str:
 
 
 def fill(tables: list[Table], out: Path, seconds: float) -> None:
-    """Write the tables, row by row, to `out` and to the screen. 0.7 of the seconds are for all tables but the last."""
+    """Write the tables, row by row, to `out` and to the screen. All tables but the last share 0.7 of the seconds."""
     worker, summary, start = Worker(), [], time.monotonic()
 
     def say(*lines: str) -> None:
@@ -393,7 +393,7 @@ def fill(tables: list[Table], out: Path, seconds: float) -> None:
         say("", f"## {title}", "", f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}")
         for row in rows:
             left = start + share * seconds - time.monotonic()
-            if not most:  # the row is told how long it has, and gets half a minute more
+            if not most:  # the row is told how long it has, and may take half a minute more
                 row, left = functools.partial(row.func, *row.args, max(1, left - 15)), max(left, 1) + 30
             good, cells = (
                 worker.cells(row, min(left, most or left)) if left > 0 else (False, [named(row), "no time left"])
@@ -408,16 +408,16 @@ def fill(tables: list[Table], out: Path, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--quick", action="store_true", help="few and small rows")
+    parser.add_argument("--quick", action="store_true", help="make few and small rows")
     parser.add_argument("--pictures", default="", help="a file that --pack made")
-    parser.add_argument("--pack", default="", help="make pictures.pt from this folder, with train/ and test/, and end")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default 8)")
+    parser.add_argument("--pack", default="", help="make pictures.pt from this folder of train/ and test/, and end")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all tables together (default 8)")
     parser.add_argument("--out", default="gpu.md", help="the file to write (default gpu.md)")
     args = parser.parse_args()
     if args.pack:
         return pack(args.pack, "pictures.pt")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA device here: --device cpu --quick shows that the script works")
+        sys.exit("this machine has no CUDA device; --device cpu --quick tests the script")
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, no GPU"
     command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
     head = f"# {name}\n\ntorch {torch.__version__}, {time.strftime('%Y-%m-%d')}, `{command}`\n"

@@ -1,13 +1,14 @@
-"""Compile every configuration of the Triton kernels ahead of time, without a GPU, and look at the machine code.
+"""Compile every configuration of the Triton kernels ahead of time, without a GPU, and inspect the machine code.
 
-    python benchmarks/kernels.py                            all targets and widths; some minutes
+    python benchmarks/kernels.py                            all targets and widths; takes minutes
     python benchmarks/kernels.py --target sm_90 --d 128
 
-Prints, for each kernel: registers, spills, shared memory, CTAs per SM, tensor-core instructions, and what the inner
-loop executes per similarity (matrix products, exponentials, other instructions) in a tile that no edge masks. From
-these and the card's published rates it derives what fraction of the card's floor the loop can reach; that column is
-derived, not measured. Exits 1 on a spill, on local memory, on an atomic, on more shared memory than the card has, or
-where the products do not reach the tensor cores, or the loads the descriptors that are meant.
+For each kernel it prints registers, spills, shared memory, CTAs per SM and tensor-core instructions. It also prints how
+many matrix products, exponentials and other instructions the inner loop executes per similarity, in a tile without edge
+masks. From these counts and the card's published rates it derives a fraction: the card's least possible time over the
+loop's time. That column is derived, not measured. The exit status is 1 if a kernel spills, uses local memory or an
+atomic, needs more shared memory than the card has, multiplies outside the tensor cores, or was meant to load through
+descriptors and does not.
 """
 
 import argparse
@@ -30,27 +31,27 @@ from kernels import fused
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),  # the "small" configurations of every other NVIDIA card
+    "sm_89": GPUTarget("cuda", 89, 32),  # stands for every other NVIDIA card, with the "small" configurations
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KB an SM, as published
-# Multiply-adds an SM and clock in 16-bit tensor cores, from the published dense rates: A100 312e12 / 2 / (108 x
-# 1.41e9), H100 SXM 989e12 / 2 / (132 x 1.83e9), B200 2250e12 / 2 / (148 x 1.85e9). 16 exponentials an SM and clock on
-# each, and 128 lanes for everything else.
+SHARED = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228, "gfx942": 64}  # KB per SM, as published
+# RATES: 16-bit multiply-adds of the tensor cores per SM and clock, from the published dense rates: A100 312e12 / 2 /
+# (108 x 1.41e9), H100 SXM 989e12 / 2 / (132 x 1.83e9), B200 2250e12 / 2 / (148 x 1.85e9). Each card makes 16
+# exponentials per SM and clock, and has 128 lanes for all other instructions.
 TENSOR = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # at 16 bits
 RATES = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
-DTYPES = "fp16", "fp16x2"  # how rows are stored: the latter for float32 at full precision
+DTYPES = "fp16", "fp16x2"  # how rows are stored; fp16x2 is for float32 at full precision
 
 
 def variants(width, dtype, target):
-    """Yield (name, kernel, How, warps, stages, parts that are absent) for every launch that the width can lead to.
+    """Yield (name, kernel, How, warps, stages, absent) for every launch that is possible at this width.
 
-    Absent are the labels, the shifts m and the weights a and b, of `row` and `col`, that the launch does not have.
+    `absent` says, for labels, shifts m, weights a and weights b in turn, whether this launch goes without them.
     """
     parts, named = 2 if dtype == "fp16x2" else 1, target if target in ("sm_80", "sm_90") else "small"
-    kinds = {  # name -> its part of How, and whether it has labels and b
+    kinds = {  # name -> (fields of How, whether it has labels, whether it has b)
         "forward": (dict(total=True, meet=True, pair=True), False, False),
         "forward, towers": (dict(total=True, meet=True, pair=True, cross=True), False, False),
         "forward, class": (dict(total=True, meet=True, classes=1), True, False),
@@ -83,7 +84,7 @@ def compile_one(task):
     target, width, dtype, name = task
     _, kernel, how, warps, stages, absent = next(v for v in variants(width, dtype, target) if v[0] == name)
     names, elements = kernel.arg_names, how.BM * how.BN
-    kinds = {"root": "fp32", "C": "*fp32" if how.pointer else "fp32", "how": "constexpr"}  # else a pointer to float32
+    kinds = {"root": "fp32", "C": "*fp32" if how.pointer else "fp32", "how": "constexpr"}  # all others point to float32
     kinds |= dict.fromkeys(("M", "K", "n", "d", "width", "whole", "first", "per_split", "splits"), "i32")
     kinds |= dict.fromkeys(("Z", "Y", "Pairs"), "*fp16") | {"strides": ("i32",) * 6, "starts": ("i32",) * 4}
     kinds["DX"] = given = "*fp16" if dtype == "fp16" else "*fp32"
@@ -98,7 +99,7 @@ def compile_one(task):
         if how.total:
             kinds["Top"], constants[names.index("Top"),] = "constexpr", None
     signature = {p: kinds.get(p, "*fp32") for p in names}
-    whole = ("d", "per_split") if elements else ("width",)  # 16 divides these
+    whole = ("d", "per_split") if elements else ("width",)  # multiples of 16
     aligned = [p for p in names if p in whole or (isinstance(signature[p], str) and signature[p].startswith("*"))]
     attributes = {(names.index(p),): [["tt.divisibility", 16]] for p in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
@@ -134,29 +135,29 @@ def read_sass(compiled, row, elements, how):
         return
     chunks = how.chunks
     loop = inner_loop(code, chunks, elements * how.BD * (3 if how.parts == 2 else 1) / row["warps"])
-    # A program makes one of the `chunks` of the output (forward without emit: the sums, and all of s, once).
+    # Each program makes one chunk of the output. Forward without emit has no output of chunks: one program does all.
     programs = chunks if how.emit or not how.total else 1
-    each = 32 * row["warps"] * programs / elements  # per similarity, in all programs that see it
+    each = 32 * row["warps"] * programs / elements  # per similarity, over all programs that compute it
     row["exp"] = sum(times for line, times in loop if "MUFU.EX2" in line) * each
-    done = sum(times * multiply_adds(line) for line, times in loop) / 32  # of a thread
-    row["products"] = done * each / (how.BD * chunks) or "-"  # sm_100 keeps the shape out of the name
+    done = sum(times * multiply_adds(line) for line, times in loop) / 32  # per thread
+    row["products"] = done * each / (how.BD * chunks) or "-"  # the name has no shape on sm_100
     row["other"] = sum(times for _, times in loop) * each - row["exp"]
 
 
 def multiply_adds(line):
-    """Of a warp, in one tensor-core instruction."""
+    """The multiply-adds of a warp in one tensor-core instruction."""
     if match := re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", line):
-        return int(match[1]) * int(match[2]) * int(match[3]) / 4  # four warps share it
+        return int(match[1]) * int(match[2]) * int(match[3]) / 4  # four warps share the instruction
     match = re.search(r"HMMA\.(16)(8)(16|8|4)\.", line)
     return 16 * 8 * int(match[3]) if match else 0
 
 
 def inner_loop(code, chunks, chunk_multiply_adds):
-    """Return (instruction, times executed) of the shortest way to an exponential and on, in the loop with most of them.
+    """Return (instruction, times executed) for one round of the loop with the most exponentials.
 
-    The loop: from a label to the last jump back to it. The shortest way leaves out the masks of edge tiles, which a
-    branch skips. A loop within is the one over the chunks of a row, which may be unrolled: then it holds several times
-    the multiply-adds that a chunk takes.
+    A loop goes from a label to the last jump back to it. The round takes the shortest way through an exponential, which
+    leaves out the masks of edge tiles, since a branch skips them. A loop inside it goes over the chunks of a row; it
+    may be unrolled, and then holds several times the multiply-adds of a chunk.
     """
     lines, labels, loops = [], {}, []
     for line in code.splitlines():
@@ -213,12 +214,12 @@ def read_amd(compiled, row, elements, how):
 
 
 def fraction_of_floor(row):
-    """Derived, not measured: the time of the least work at the published rates, over that of this loop's instructions,
-    as a range. The floor overlaps products and exponentials perfectly. The low end lets the loop overlap nothing
-    (products, exponentials and the other instructions one after the other), the high end everything."""
+    """Return the range of the least possible time over the loop's time, both derived from the published rates. The
+    least time overlaps products and exponentials perfectly. At the low end of the range the loop overlaps nothing:
+    products, exponentials and other instructions follow one another. At the high end it overlaps all of them."""
     if row["target"] not in RATES or row.get("products", "-") == "-" or row["dtype"] != "fp16":
         return "-"
-    products = row["d"] / RATES[row["target"]]  # clocks of an SM for one product's similarity
+    products = row["d"] / RATES[row["target"]]  # an SM's clocks for one similarity
     floor = max((2 if row["kernel"].startswith(("backward", "queue")) else 1) * products, 1 / 16)
     own = row["products"] * products, row["exp"] / 16, row["other"] / 128
     return f"{floor / sum(own):.2f}-{floor / max(own):.2f}"
@@ -226,10 +227,10 @@ def fraction_of_floor(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--d", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="(default: all)")
+    parser.add_argument("--d", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512], help="widths of the rows")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="(default: both)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels at a time (default: the cores)")
     args = parser.parse_args()
     tasks = [
         (target, d, dtype, name)
@@ -251,11 +252,11 @@ def main():
                   "  FAILED" if row["bad"] else "", flush=True)  # fmt: skip
     if "sm_100" in args.target:
         print(
-            "sm_100: the tensor-core instructions do not name their shape, so that products are not counted ('-'); the"
+            "sm_100: tensor-core instructions do not name their shape, so products are not counted ('-'). The compiler"
         )
-        print("compiler keeps more than one copy of the loop's body, so that exp and other may be counted twice.")
-    print("Registers, spills, shared memory, mnemonics and counts are read from the machine code; the floor column is")
-    print("derived from them and published rates. Nothing ran on a GPU.")
+        print("keeps more than one copy of the loop's body, so exp and other may be counted twice.")
+    print("Registers, spills, shared memory, instructions and counts come from the machine code. The floor column is")
+    print("derived from the counts and published rates. Nothing ran on a GPU.")
     print(f"{len(tasks)} kernels, {failures} failed")
     return 1 if failures else 0
 

@@ -1,17 +1,18 @@
-"""Time and memory of the contrastive losses: ours, the naive loss, torch.compile of it, and other libraries' formulas.
+"""Time and memory of the contrastive losses: ours, the naive loss, that loss compiled, and other libraries' formulas.
 
-    python benchmarks/loss.py                         2N = 512 ... 8192 and MoCo's 256 x 65,536, d = 128
-    python benchmarks/loss.py --large                 2N = 2048 ... 65,536, ours only: the memory table
-    python benchmarks/loss.py --sizes --queue --towers 8192         two towers, symmetric: N = 8192 pairs
+    python benchmarks/loss.py                         2N = 512 to 8192, and MoCo's 256 x 65,536; d = 128
+    python benchmarks/loss.py --large                 2N = 2048 to 65,536, our loss only: the memory table
+    python benchmarks/loss.py --sizes --queue --towers 8192         two towers, symmetric; N = 8192 pairs
     python benchmarks/loss.py --device cuda --dtype float16
-    python benchmarks/loss.py --before ../other       beside the kernels/ of another checkout, in the same run
+    python benchmarks/loss.py --before ../other       also times the kernels/ of another checkout
 
-Forward and backward, median of interleaved runs in random order; memory is the peak beyond the inputs, each measured
-in a process of its own. `efficiency` counts two products (2 x 2 M^2 d operations, or 2 x 2 N K d) over the time,
-against this machine's own large matrix product, timed in between. lightly and pytorch-metric-learning are the installed
-ones (`pip install lightly pytorch-metric-learning`); where lightly is not, and of SupContrast and solo-learn, which do
-not install, it is the formula, written here from their papers and documents. naive is the loss of simclr.py; of MoCo it
-is that of moco.py, but for a queue whose rows are units already. Before it is timed, each must give our value.
+A time is the median of forward and backward, over runs that alternate in random order. Memory is the peak beyond the
+inputs; each loss has its own process for this. `efficiency` is the rate of two products (2 x 2 M^2 d operations, or
+2 x 2 N K d) over the rate of a large matrix product on the same machine, timed between the runs. lightly and
+pytorch-metric-learning are the installed packages (`pip install lightly pytorch-metric-learning`). SupContrast and
+solo-learn cannot be installed, so their formulas stand here, written from their papers and documents; lightly's formula
+stands in if lightly is not installed. naive is the loss of simclr.py; for MoCo it is that of moco.py, with a queue
+whose rows already have length 1. Each loss must give our value before it is timed.
 """
 
 import argparse
@@ -27,12 +28,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import blocked, info_nce, nt_xent  # noqa: F401  blocked now, so that memory leaves out its loading
+from kernels import blocked, info_nce, nt_xent  # noqa: F401  blocked: its loading is not to count as memory
 from simclr import nt_xent as naive
 
 
 def lightly(z1, z2, t=0.5):
-    """Lightly's way: four N x N blocks, the diagonals removed by a boolean index, one cross-entropy over the rest."""
+    """As lightly does it: four N x N blocks, their diagonals removed by a boolean index, and one cross-entropy."""
     n, (z1, z2) = len(z1), (F.normalize(z1, dim=1), F.normalize(z2, dim=1))
     off = ~torch.eye(n, dtype=torch.bool, device=z1.device)
     s00, s01, s10, s11 = (torch.einsum("nc,mc->nm", a, b) / t for a, b in ((z1, z1), (z1, z2), (z2, z1), (z2, z2)))
@@ -42,7 +43,7 @@ def lightly(z1, z2, t=0.5):
 
 
 def supcontrast(z1, z2, t=0.5):
-    """SupContrast's way: shift by the row maximum, a positive mask and a logits mask of the full size."""
+    """As SupContrast does it: a shift by the row maximum, and masks of the full size for positives and for logits."""
     n, z = len(z1), torch.cat([F.normalize(z1, dim=1), F.normalize(z2, dim=1)])
     s = z @ z.T / t
     s = s - s.max(1, keepdim=True).values.detach()
@@ -53,7 +54,7 @@ def supcontrast(z1, z2, t=0.5):
 
 
 def solo_learn(z1, z2, t=0.5):
-    """solo-learn's way: exponentiate, one mask of positives and one of negatives, and the log of the ratio."""
+    """As solo-learn does it: exponentials, a mask of positives, a mask of negatives, and the log of the ratio."""
     n, z = len(z1), F.normalize(torch.cat([z1, z2]), dim=1)
     e = torch.exp(torch.einsum("if,jf->ij", z, z) / t)
     ids = torch.arange(n, device=z.device).repeat(2)
@@ -80,7 +81,7 @@ def compiled(function):
 
 
 def other_kernels(folder):
-    """The package kernels/ of another checkout, under another name."""
+    """Import the package kernels/ of another checkout under another name."""
     place = Path(folder) / "kernels"
     spec = importlib.util.spec_from_file_location(
         "before", place / "__init__.py", submodule_search_locations=[str(place)]
@@ -144,7 +145,7 @@ def seconds(work):
 
 
 def peak_memory(problem, name, size, d, device, dtype):
-    """Return the bytes beyond the inputs that one step takes, after a small step has loaded the libraries."""
+    """Return the bytes that one step takes beyond its inputs. A small step loads the libraries first."""
     function = PROBLEMS[problem][name]
     arguments = inputs(problem, size, d, device, dtype)
     small = [x[:40].detach().requires_grad_(x.requires_grad) for x in arguments]
@@ -178,14 +179,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--d", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192], help="2N")
+    parser.add_argument("--d", type=int, default=128, help="width of the rows (default 128)")
+    parser.add_argument("--runs", type=int, default=7, help="runs of each loss (default 7)")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192], help="2N of NT-Xent")
     parser.add_argument("--queue", type=int, nargs="*", default=[65536], help="MoCo's K at N = 256")
-    parser.add_argument("--towers", type=int, nargs="*", default=[], help="N pairs of rows of two towers")
-    parser.add_argument("--large", action="store_true", help="ours alone, at 2N up to 65,536")
-    parser.add_argument("--before", help="folder of another checkout, whose kernels/ is measured as well")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--towers", type=int, nargs="*", default=[], help="N pairs of rows, for two towers")
+    parser.add_argument("--large", action="store_true", help="our loss alone, with 2N up to 65,536")
+    parser.add_argument("--before", help="folder of another checkout, whose kernels/ is timed too")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     sizes, queue = ([2048 * 2**i for i in range(6)], []) if args.large else (args.sizes, args.queue)
@@ -199,7 +200,7 @@ def main():
         if args.large:
             functions = {"ours": functions["ours"]}
         for name in [name for name in functions if name.startswith("metric-learning") and 4 * size**3 > 1e9]:
-            print(f"{problem:8} {size:6} {name}: left out, it holds (2N)^3 numbers, {4e-9 * size**3:,.0f} GB of each")
+            print(f"{problem:8} {size:6} {name}: left out, it holds arrays of (2N)^3 numbers, {4e-9 * size**3:,.0f} GB")
             del functions[name]
         if before and problem != "towers":
             functions["before"] = before.nt_xent if problem == "nt_xent" else lambda q, k, y: before.info_nce(q, k, y)
@@ -209,11 +210,11 @@ def main():
         times, value = {name: [] for name in work}, functions["ours"](*arguments).item()
         for name, f in functions.items():
             found, most = f(*arguments).item(), 1e-4 if dtype == torch.float32 else 1e-2
-            if not abs(found - value) <= most * value:  # also what is not a number
-                sys.exit(f"{name} gives {found}, ours {value}: not the same loss")
-        big_one = [name for name in work if name.startswith("metric-learning")]  # apart: it empties caches and the heap
+            if not abs(found - value) <= most * value:  # NaN, too
+                sys.exit(f"{name} gives {found} and ours {value}, so they are not the same loss")
+        big_one = [name for name in work if name.startswith("metric-learning")]  # alone: it empties caches and heap
         turns = [work.keys() - big_one] * (args.runs * (5 if size <= 1024 else 1) + 1) + [big_one] * 4
-        for run, those in enumerate(turns):  # the first warms up, and compiles
+        for run, those in enumerate(turns):  # the first turn warms up and compiles
             for name in random.Random(run).sample(sorted(those), len(those)):
                 if name != "product" or run <= args.runs:
                     took = seconds(work[name])

@@ -1,10 +1,10 @@
-"""CEBRA on the rat's track: what each mode decodes, how alike two seeds are, and the package cebra beside it.
+"""CEBRA on the rat's track: how well each mode decodes, how alike two seeds are, and the package cebra for comparison.
 
-    python benchmarks/neural.py --seeds 0 1 2 3 4             the modes, and shuffled behaviour as control
-    python benchmarks/neural.py --peer --seeds 0 1 2          ours and the package (pip install cebra), by turns
+    python benchmarks/neural.py --seeds 0 1 2 3 4             all modes, and shuffled behaviour as a control
+    python benchmarks/neural.py --peer --seeds 0 1 2          our file and the package (pip install cebra), in turns
 
-Other flags of cebra.py go to every row. Decoding is `recordings.decode`, of the last tenth of the samples. Consistency:
-R2 of the best linear map from one seed's z to another's, over all samples, mean over ordered pairs of seeds.
+Other flags of cebra.py go to every row. `recordings.decode` decodes the last tenth of the samples. Consistency is R2 of
+the best linear map from one seed's z to another seed's, over all samples; it is averaged over ordered pairs of seeds.
 """
 
 import csv
@@ -54,7 +54,7 @@ np.savez(sys.argv[2], seconds=seconds, version=cebra.__version__, **z)
 
 
 def consistency(embeddings: list[Tensor]) -> float | None:
-    """Mean over ordered pairs of the embeddings (T, d) of R2 of the best linear map; None for a single one."""
+    """R2 of the best linear map between two embeddings (T, d), averaged over ordered pairs; None for one embedding."""
     found = []
     for a, b in itertools.permutations([z.double() for z in embeddings], 2):
         a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
@@ -64,7 +64,7 @@ def consistency(embeddings: list[Tensor]) -> float | None:
 
 
 def ours(config: cebra.Config) -> dict[str, Any]:
-    """A run: its metrics by the columns of the table, its z (T, d), and the seconds of its epochs."""
+    """Run cebra.py; return the metrics of the table's columns, z (T, d), and the seconds of the epochs."""
     metrics = cebra.train(config)
     found = {name: metrics[f"{name} of z, {config.embedding_dim}-d"] for name in ("median error", "R2", "labels")}
     found["fit"] = metrics.get("goodness of fit, held out")
@@ -77,13 +77,13 @@ def ours(config: cebra.Config) -> dict[str, Any]:
 
 
 def samples(config: cebra.Config) -> int:
-    """The reference times of an epoch."""
+    """The number of reference times in an epoch."""
     first = len(recordings.load(config.data).split()[0].spikes)
     return max(1, first // config.batch_size) * config.batch_size
 
 
 def package(config: cebra.Config) -> dict[str, Any]:
-    """The package on the same arrays, with the same flags, for as many steps, where cebra.py is not seen."""
+    """Run the package on the same arrays with the same flags and steps, where Python does not find our cebra.py."""
     parts = recordings.load(config.data).split()
     settings = {"batch_size": config.batch_size, "learning_rate": config.lr, "temperature": config.temperature}
     settings |= {"output_dimension": config.embedding_dim, "num_hidden_units": config.hidden_dim, "seed": config.seed}
@@ -108,7 +108,7 @@ def package(config: cebra.Config) -> dict[str, Any]:
 
 
 def line(name: str, found: list[dict[str, Any]]) -> list[str]:
-    """A row: the median error in cm, R2, and the accuracy of the direction, over seeds."""
+    """A row of the table: the median error in cm, R2, and the accuracy of the direction, each over the seeds."""
     errors = [100 * f["median error"] for f in found]
     return [name, table.over_seeds(errors, 1), *(table.over_seeds([f[k] for f in found]) for k in ("R2", "labels"))]
 
@@ -116,19 +116,19 @@ def line(name: str, found: list[dict[str, Any]]) -> list[str]:
 def main(argv: list[str] | None = None) -> str:
     """Run what the command line asks for; print and return the table."""
     flags = table.parser(__doc__, "neural")
-    flags.add_argument("--rows", nargs="+", choices=ROWS, default=None, help="some of the modes (default: all)")
-    flags.add_argument("--peer", action="store_true", help="behavior and time, beside the package cebra")
+    flags.add_argument("--rows", nargs="+", choices=ROWS, default=None, help="some of the rows (default: all)")
+    flags.add_argument("--peer", action="store_true", help="compare the rows behavior and time with the package cebra")
     args, rest = flags.parse_known_args(argv)
     peerless = ("encoder", "similarity", "negatives", "learn_temperature") * args.peer
     base = table.base_config(cebra.Config, rest, ("data", "mode", "shuffle", *peerless))
     ensure(base.epochs, "--epochs 0: nothing would be trained; give 1 or more")
     rows, lines = args.rows or (["behavior", "time"] if args.peer else list(ROWS)), []
-    ensure(not args.peer or {*rows} <= {"behavior", "time"}, "--peer: has the rows behavior and time alone")
+    ensure(not args.peer or {*rows} <= {"behavior", "time"}, "--peer: only the rows behavior and time can be compared")
     for row in rows:
         configs = [dataclasses.replace(base, seed=s, out=f"{args.out}/{row}-seed-{s}", **ROWS[row]) for s in args.seeds]
         found, theirs = [], []
         for config in configs:
-            if args.peer:  # first, as it may be absent
+            if args.peer:  # the package first, since it may not be installed
                 theirs.append(table.run(f"{row}, the package, seed {config.seed}", lambda c=config: package(c)))
             found.append(table.run(f"{row}, seed {config.seed}", lambda c=config: ours(c)))
         if args.peer:

@@ -1,12 +1,13 @@
-"""Views, streaming and training against what else is installed, each as its documentation shows it.
+"""How fast are our views, our streaming and our training beside other packages, each used as its documentation shows?
 
-    python benchmarks/peers.py views       SimCLR's views: torchvision's v2 an image at a time, kornia, at 32 and 224
+    python benchmarks/peers.py views       SimCLR's views at 32 and 224 pixels: torchvision's v2 image by image, kornia
     python benchmarks/peers.py stream      views of a folder of 500x375 JPEG files: torchvision's ImageFolder and v2
     python benchmarks/peers.py train       the training loop at 32 pixels: lightly's SimCLR example
-    python benchmarks/loss.py              (the losses have a script of their own)
+    python benchmarks/loss.py              the losses, which have a separate script
 
-In images/s, higher is better; an image has one view in `views`, two in `stream` and `train`. Contenders take turns in
-one process; a package that is not installed is left out, with a line. `pip install lightly kornia`.
+Figures are images/s; higher is better. `views` makes one view of an image, `stream` and `train` make two. The
+contenders take turns in one process. A package that is not installed is left out, and a line says so; `pip install
+lightly kornia` installs both.
 """
 
 import collections
@@ -32,7 +33,7 @@ from benchmarks import pipeline, table
 
 
 def config_for(size: int) -> simclr.Config:
-    """The recipe: CIFAR's at 32 pixels, ImageNet's with blur above."""
+    """The recipe for pictures of this size: CIFAR's up to 64 pixels, else ImageNet's with blur."""
     return simclr.Config.preset("cifar") if size <= 64 else simclr.Config()
 
 
@@ -55,8 +56,8 @@ def of_torchvision(size: int, config: simclr.Config) -> v2.Compose:
 
 
 def of_kornia(size: int, config: simclr.Config) -> nn.Module:
-    """The same for a float batch (N, 3, H, W), but that kornia resizes without antialiasing, and jitters all images of
-    a batch in one order; raises ImportError."""
+    """The same recipe for a float batch (N, 3, H, W). kornia resizes without antialiasing, and applies the steps of the
+    colour jitter in one order to all images of a batch. Raises ImportError."""
     import kornia.augmentation as K
 
     s, kernel = config.jitter_strength, size // 10 // 2 * 2 + 1
@@ -76,7 +77,7 @@ def version(package: str) -> str:
 
 
 def views(size: int, batch: int, rounds: int) -> None:
-    """SimCLR's views of pictures in memory on one core, where a batch is what one worker would make."""
+    """Time SimCLR's views of pictures in memory, on one core: a batch is what one worker would make."""
     torch.set_num_threads(1)
     config, (pixels, labels) = config_for(size), images.make_shapes(batch, 0, size * 8 // 7 if size > 64 else size)
     split, recipe = images.Images(labels, torch.device("cpu"), pixels), of_torchvision(size, config)
@@ -93,31 +94,31 @@ def views(size: int, batch: int, rounds: int) -> None:
         batched = of_kornia(size, config)
         work[version("kornia")] = lambda: batched(pixels / 255)
     except ImportError:
-        print("kornia is not installed, and left out")
+        print("kornia is not installed (pip install kornia), so it is left out")
     contenders = {name: lambda f=f: batch / pipeline.timed(f) for name, f in work.items()}
     table.race(f"views of {size}x{size}, batch {batch}, one core", contenders, rounds)
 
 
 def rate(batches: Iterable, images: int, device: torch.device | None = None) -> float:
-    """Images/s over all batches: not from the first on, since those that workers have prefetched would count for
-    nothing."""
+    """Images/s over all batches. The clock starts before the first batch: otherwise the batches that workers
+    prefetch would take no time."""
     return images / pipeline.timed(lambda: collections.deque(batches, maxlen=0), device)
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """JPEG files of 500x375 with detail of all scales, as photos have."""
+    """Write JPEG files of 500x375 pixels with detail at all scales, as in photos."""
     draw = np.random.default_rng(0)
     (folder / "all").mkdir()
     for i in range(count):
         photo = np.zeros((375, 500, 3))
-        for scale in (4, 16, 64, 250):  # pixels of the coarsest to the finest noise
+        for scale in (4, 16, 64, 250):  # cells of noise along the width, coarse to fine
             coarse = draw.uniform(0, 255, (max(2, scale * 3 // 4), scale, 3)).astype(np.uint8)
             photo += np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)) / 4
         Image.fromarray(photo.astype(np.uint8)).save(folder / "all" / f"{i:05}.jpg", quality=90)
 
 
 class TwoViews:
-    """Two draws of a transform, which DataLoader's workers can load."""
+    """Apply a transform twice. This is a class so that DataLoader's workers can load it."""
 
     def __init__(self, transform: Callable) -> None:
         self.transform = transform
@@ -127,7 +128,7 @@ class TwoViews:
 
 
 def stream(count: int, batch: int, workers: int, rounds: int) -> None:
-    """Two views of 224 pixels of JPEG files that are read anew, as one training process sees them come."""
+    """Time two views of 224 pixels of JPEG files, read from disk, as they reach one training process."""
     size = 224
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), count)
@@ -156,7 +157,7 @@ def stream(count: int, batch: int, workers: int, rounds: int) -> None:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Images in memory as torchvision's CIFAR10 holds them: an item is a Pillow image, transformed."""
+    """Images in memory, as in torchvision's CIFAR10: each item is turned into a Pillow image and transformed."""
 
     def __init__(self, pixels: torch.Tensor, transform: Callable) -> None:
         self.pixels, self.transform = pixels.permute(0, 2, 3, 1).contiguous().numpy(), transform
@@ -169,7 +170,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def of_lightly(backbone: str, batch: int, steps: int, workers: int, device: str) -> float:
-    """Images/s of SimCLR as in lightly's PyTorch example, with its transform, head, loss, optimizer and loop; raises
+    """Images/s of lightly's PyTorch example for SimCLR, with its transform, head, loss, optimizer and loop. Raises
     ImportError."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -191,17 +192,17 @@ def of_lightly(backbone: str, batch: int, steps: int, workers: int, device: str)
         optimizer.step()
         optimizer.zero_grad()
 
-    step(*next(iter(loader)))  # warms up, and starts the workers, which stay: ours has an epoch before, too
+    step(*next(iter(loader)))  # warms up and starts the workers, which stay; our run has an epoch before, too
     return rate((step(x0, x1) for x0, x1 in loader), batch * steps, on)
 
 
 def train(backbone: str, batch: int, steps: int, rounds: int, device: str) -> None:
-    """Our `train`, at the rate that it logs, and lightly's loop with several numbers of workers."""
+    """Compare our `train`, at the rate that it logs, with lightly's loop at several numbers of workers."""
     contenders = {"ours": lambda: pipeline.trained(backbone, batch, steps, device)}
     try:
         name = version("lightly")
     except importlib.metadata.PackageNotFoundError:
-        print("lightly is not installed (pip install lightly): nothing to compare with")
+        print("lightly is not installed (pip install lightly), so train has nothing to compare with")
         return
     for workers in (0, 2, 8):
         contenders[f"{name}'s example, {workers} workers"] = functools.partial(
@@ -213,11 +214,11 @@ def train(backbone: str, batch: int, steps: int, rounds: int, device: str) -> No
 def main(argv: list[str] | None = None) -> None:
     parser = table.parser(__doc__)
     add = parser.add_argument
-    add("what", nargs="*", choices=["views", "stream", "train"], help="(default: all)")
-    add("--rounds", type=int, default=5, help="turns of each (default 5)")
-    add("--workers", type=int, default=2, help="of stream (default 2)")
-    add("--backbone", nargs="+", default=["resnet8"], help="of train (default resnet8)")
-    add("--device", default="cpu", help="of train (default cpu)")
+    add("what", nargs="*", choices=["views", "stream", "train"], help="what to time (default: all three)")
+    add("--rounds", type=int, default=5, help="turns of each contender (default 5)")
+    add("--workers", type=int, default=2, help="worker processes for stream (default 2)")
+    add("--backbone", nargs="+", default=["resnet8"], help="networks for train (default resnet8)")
+    add("--device", default="cpu", help="device for train (default cpu)")
     args = parser.parse_args(argv)
     images.ensure(args.rounds > 0 and args.workers > 0, "--rounds, --workers: give 1 or more")
     what, threads = args.what or ["views", "stream", "train"], torch.get_num_threads()

@@ -1,10 +1,10 @@
-"""What a run spends beside its network: the training loop against a bare forward and backward pass, and the start.
+"""How much time does a run spend outside its network? The training loop against bare passes, and the time to start.
 
     python benchmarks/pipeline.py                     images/s of `train` and of the bare network, resnet8 and resnet18
-    python benchmarks/pipeline.py --start             from `python simclr.py` to the end of its first step
+    python benchmarks/pipeline.py --start             seconds from `python simclr.py` to the end of its first step
 
-Rounds of both are interleaved in one process, and the ratio is that within a round, so that a noisy machine shifts both
-alike.
+`train` and the bare network take turns in one process. The ratio compares the two within a round, so that noise of the
+machine shifts both alike.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import simclr
 from benchmarks import table
 
 LIBRARIES = "import torch, torchvision"
-# Runs the demo, ends as the second batch is asked for, and prints what the clock said at each mark.
+# Runs the demo until it asks for the second batch, and prints the time at each mark.
 START = """
 import json, sys, time
 marks = [("the interpreter", time.time())]
@@ -52,7 +52,7 @@ simclr.train(config, data)
 
 
 def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """Seconds of `work`, the device's included."""
+    """Seconds that `work` takes, until the device has finished."""
     wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -62,7 +62,7 @@ def timed(work: Callable[[], object], device: torch.device | None = None) -> flo
 
 
 def trained(backbone: str, batch: int, steps: int, device: str = "cpu") -> float:
-    """Images/s of `simclr.train` by its CIFAR recipe, as it logs its second epoch of `steps`."""
+    """Images/s of `simclr.train` by its CIFAR recipe, as logged for the second epoch of `steps` steps."""
     pixels, _ = images.make_shapes(batch * steps, 0, 32)
     given = {"backbone": backbone, "epochs": 2, "warmup_epochs": 0.0, "batch_size": batch, "knn_every": 0}
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
@@ -71,7 +71,7 @@ def trained(backbone: str, batch: int, steps: int, device: str = "cpu") -> float
 
 
 def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> None:
-    """`simclr.train` against the backbone on fixed tensors."""
+    """Compare `simclr.train` with the bare backbone on fixed tensors."""
 
     def bare() -> float:
         config, on = simclr.Config.preset("cifar", backbone=backbone), common.pick_device(device)
@@ -90,9 +90,9 @@ def loop(backbone: str, batch: int, steps: int, rounds: int, device: str) -> Non
 
 
 def start(rounds: int) -> None:
-    """From the start of the process to the end of the demo's first step, and what it is spent on."""
+    """Time the demo from the start of its process to the end of its first step, part by part."""
     spent: dict[str, list[float]] = {}
-    for _ in range(rounds + 1):  # the first one fills the disk's cache
+    for _ in range(rounds + 1):  # the first round fills the disk's cache
         with tempfile.TemporaryDirectory() as out:
             began, command = time.time(), [sys.executable, "-c", START, "--out", out]
             done = subprocess.run(command, cwd=Path(simclr.__file__).parent, capture_output=True, text=True)
@@ -107,14 +107,14 @@ def start(rounds: int) -> None:
     rows = [[what, table.over_seeds(seconds, 2)] for what, seconds in spent.items()]
     print(table.markdown(["to the first step of `python simclr.py`", "seconds"], rows))
     ratio = table.over_seeds([everything / sum(parts) for everything, *parts in due], 2)
-    print(f"\nall over interpreter, {LIBRARIES} and data: {ratio}")
+    print(f"\nall, divided by the sum of interpreter, {LIBRARIES} and data: {ratio}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = table.parser(__doc__)
-    parser.add_argument("--start", action="store_true", help="measure the start instead of the loop")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--device", default="cpu", help="of the loop (default cpu)")
+    parser.add_argument("--start", action="store_true", help="time the start, not the loop")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
+    parser.add_argument("--device", default="cpu", help="device for the loop (default cpu)")
     args = parser.parse_args(argv)
     images.ensure(args.rounds > 0, f"--rounds {args.rounds}: give 1 or more")
     print(f"{table.machine(args.device)}, {torch.get_num_threads()} threads\n")

@@ -1,11 +1,12 @@
-"""What h keeps and g(h) loses: an MLP is asked, from the features of a picture, what was done to the picture.
+"""What does h keep that g(h) loses? An MLP has to tell, from the features of a picture, how the picture was altered.
 
     python benchmarks/probes.py runs/simclr                 h and g(h) on four questions; needs no labels
     python benchmarks/probes.py runs/simclr --data /my/photos
 
-Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 4.2, table 3. Figures are percent of the held-out
-pictures. The paper's networks (ImageNet, ResNet-50, h and g(h) 2048-d) had rotation, noise or Sobel among their
-augmentations in those rows, so that g(h) learned to lose it; benchmarks/augmentations.py trains such networks.
+Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, section 4.2, table 3. A figure is the percentage of held-out
+pictures that the MLP gets right. The paper's networks (ImageNet, ResNet-50, h and g(h) 2048-d) had rotation, noise or
+Sobel among their augmentations in the row of that name, so that g(h) learned to lose it; benchmarks/augmentations.py
+trains networks with these augmentations.
 """
 
 import sys
@@ -23,17 +24,17 @@ from benchmarks import table
 from common import RunConfig
 from images import Images, ensure
 
-PROBES = {  # probe -> what is told apart, the share of each kind, and the paper's chance, h and g(h)
-    "grayscale": ("colour against grey", (0.8, 0.2), (80.0, 99.3, 97.4)),  # grey as often as the augmentation makes it
+PROBES = {  # probe -> (what the MLP tells apart, the share of each kind, the paper's chance, h and g(h))
+    "grayscale": ("colour against grey", (0.8, 0.2), (80.0, 99.3, 97.4)),  # the augmentation's share
     "rotation": ("0, 90, 180, 270 degrees", (0.25,) * 4, (25.0, 67.6, 25.6)),
     "corrupted": ("original against noise", (0.5, 0.5), (50.0, 99.5, 59.6)),
     "sobel": ("original against Sobel", (0.5, 0.5), (50.0, 96.6, 56.3)),
 }
-MOST = 10_000  # pictures of each split
+MOST = 10_000  # the most pictures to take from each split
 
 
 def fit_mlp(x: Tensor, y: Tensor, classes: int, width: int, seed: int, epochs: int = 20) -> nn.Module:
-    """A classifier of x (N, d) with one hidden layer: SimCLR's probes are MLPs, of a size it does not give."""
+    """Fit a classifier of x (N, d) with one hidden layer. SimCLR's probes are MLPs; the paper gives no size."""
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, classes)).to(x.device)
     optimizer, total, step = torch.optim.Adam(network.parameters(), lr=2e-3), epochs * -(-len(x) // 128), 0
@@ -55,7 +56,7 @@ def rotate(x: Tensor, quarters: Tensor) -> Tensor:
 
 
 def gaussian_noise(x: Tensor, sigma: float | Tensor = 0.1) -> Tensor:
-    """Add normal noise of deviation `sigma`, a number or (N, 1, 1, 1), clamped to [0, 1]. SimCLR gives no strength."""
+    """Add normal noise of deviation `sigma`, a number or (N, 1, 1, 1); clamp to [0, 1]. SimCLR gives no strength."""
     return (x + sigma * torch.randn(x.shape).to(x.device)).clamp_(0, 1)
 
 
@@ -67,7 +68,7 @@ def sobel(x: Tensor) -> Tensor:
 
 
 def alter(x: Tensor, probe: str, kind: Tensor) -> Tensor:
-    """The pictures x (N, 3, H, W) in [0, 1], those whose `kind` (N,) is not 0 altered: what the probe has to tell."""
+    """Alter the pictures x (N, 3, H, W), in [0, 1], whose `kind` (N,) is not 0. The probe has to tell the kind."""
     if probe == "rotation":
         return rotate(x, kind)
     op = {"grayscale": images.grey, "corrupted": gaussian_noise, "sobel": sobel}[probe]
@@ -76,7 +77,7 @@ def alter(x: Tensor, probe: str, kind: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_altered(network: Callable, split: Images, config: RunConfig, probe: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Features (M, d) of altered central views of up to MOST images, and which kind each is, (M,)."""
+    """Features (M, d) of the altered central views of up to MOST images, and the kind of each image, (M,)."""
     torch.manual_seed(seed)
     index = torch.randperm(len(split))[:MOST]
     ends = torch.tensor(PROBES[probe][1]).cumsum(0)[:-1]  # exact shares, so that chance is what the table says
@@ -87,7 +88,7 @@ def embed_altered(network: Callable, split: Images, config: RunConfig, probe: st
 
 
 def accuracy(network: Callable, data: images.Data, config: RunConfig, probe: str, width: int, seed: int) -> float:
-    """Of an MLP of this `width` that tells from the network's features what was done to the held-out pictures."""
+    """The accuracy of an MLP, `width` wide, that tells from features how held-out pictures were altered."""
     known, kind = embed_altered(network, data.train, config, probe, seed)
     asked, truth = embed_altered(network, data.test, config, probe, seed + 1)
     mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
@@ -97,17 +98,15 @@ def accuracy(network: Callable, data: images.Data, config: RunConfig, probe: str
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Ask what the command line says; print and return the table."""
+    """Ask the four questions about a run; print and return the table."""
     parser = table.parser(__doc__)
     parser.add_argument("run", help="a run's folder, such as runs/simclr")
     parser.add_argument("--data", help="another data set: a name or a folder (default: the run's own)")
-    parser.add_argument(
-        "--device", default="auto", help="any torch device; auto is cuda where there is a GPU, else cpu"
-    )
+    parser.add_argument("--device", default="auto", help="any torch device; auto is cuda if there is a GPU, else cpu")
     parser.add_argument("--seed", type=int, default=0, help="seed of the pictures, of the alterations and of the MLPs")
     args = parser.parse_args(argv)
     config, model = common.load_run(args.run)
-    ensure(isinstance(config, RunConfig), f"{args.run}: a run without pictures; give the run of another method")
+    ensure(isinstance(config, RunConfig), f"{args.run}: this run has no pictures; give the run of another method")
     config.data = args.data or config.data
     device = common.pick_device(args.device)
     data, model = images.load(config, device), model.to(device)
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> str:
     used = [min(MOST, len(split)) for split in (data.train, data.test)]
     print(f"{data.describe()}\nan MLP is fitted to {used[0]:,} pictures and asked about {used[1]:,}", flush=True)
     if min(used) < 2000:
-        print("warning: an MLP needs some 2,000 images of each split before these figures mean something")
+        print("warning: these figures mean little with fewer than about 2,000 images in each split")
     rows, width = [], model.backbone.feature_dim
     for probe, (what, shares, paper) in PROBES.items():
         found = [accuracy(f, data, config, probe, width, args.seed) for f in (model.backbone, model.embed)]

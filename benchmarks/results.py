@@ -1,20 +1,21 @@
 """Every method under one protocol: kNN and linear top-1 on real images, with two controls.
 
-    python benchmarks/results.py --data /path/of/cifar10 --jobs 2         30 epochs of resnet8: hours; again: goes on
-    python benchmarks/results.py --data /path/of/cifar10 --quick          two epochs of a tenth of the images: minutes
+    python benchmarks/results.py --data /path/of/cifar10 --jobs 2         30 epochs of resnet8; takes hours
+    python benchmarks/results.py --data /path/of/cifar10 --quick          2 epochs of a tenth of the images; minutes
     python benchmarks/results.py --data cifar10 --device cuda --backbone resnet18 --epochs 200 --amp bf16
 
-`/path/of/cifar10` holds `train/` and `test/` with a folder of images a class; `cifar10` downloads. Each row is a
-method's preset cifar with one backbone, batch and number of epochs, and a warm-up of a tenth of them. The learning rate
-follows one rule: of --rates, multiples of the preset's (scaled with N where the method does not), it is the one with
-the best kNN of h after a third of the epochs on a tenth of the training images, judged on another tenth of them. The
-held-out images choose nothing: the row is of the last epoch. The controls are the same network before training, and
-cross-entropy with all labels. Flags that are not listed, such as --device or --amp, go to every run.
+`/path/of/cifar10` holds `train/` and `test/`, each with one folder of images per class; `cifar10` is downloaded. Each
+row is a method's preset cifar. All rows share one backbone, batch size and number of epochs, a tenth of which is
+warm-up. One rule sets the learning rate. --rates are multiples of the preset's rate, which is scaled with N here if the
+method does not scale it. Each rate trains for a third of the epochs on a tenth of the training images, and another
+tenth of them judges the kNN of h; the best rate makes the row. The held-out images choose nothing: figures are those of
+the last epoch. The controls are the same network before training, and cross-entropy with all labels. Flags that are not
+listed, such as --device or --amp, go to every run.
 
-Runs live in --out, and each row has a process of its own. After a stop (Ctrl-C, SIGTERM, power) the same command goes
-on: a run with a result.json is not made again, and a run without one continues from its checkpoint. The table and the
-commands of its rows are printed and written to --out/results.md. Minutes and images/s are those of the training steps;
-the start, kNN and the short runs come on top.
+Runs are stored in --out, and each row has its own process. After a stop (Ctrl-C, SIGTERM, loss of power) the same
+command goes on: a run with a result.json is kept, and a run without one continues from its checkpoint. The table and
+the commands of its rows are printed and written to --out/results.md. Minutes and images/s count the training steps
+only; the start, kNN and the short runs come on top.
 """
 
 import argparse
@@ -41,7 +42,7 @@ import linear_eval
 from benchmarks import table
 from images import CORES, Data, ensure
 
-ROWS = {  # row -> the method's file, and what differs from its preset cifar
+ROWS = {  # row -> (the method's file, its changes to the preset cifar)
     "SimCLR": ("simclr", ""),
     "MoCo v2": ("moco", "--projection-head mlp"),
     "BYOL": ("byol", ""),
@@ -51,10 +52,10 @@ ROWS = {  # row -> the method's file, and what differs from its preset cifar
     "cross-entropy": ("supcon", "--loss cross-entropy"),
     "untrained": ("simclr", "--epochs 0"),
 }
-SCALED = ("simclr", "byol", "simsiam")  # these multiply their --lr by N/256
+SCALED = ("simclr", "byol", "simsiam")  # these methods multiply their --lr by N/256
 HEAD = ("", "lr", "kNN of h", "linear on h", "images/s", "minutes", "GB of the GPU")
 FORM = {"knn_top1": 3, "linear_top1": 3, "images_per_second": 0, "minutes": 1, "gigabytes": 2}  # digits
-SET = ("preset", "lr", "warmup_epochs", "knn_every", "projection_head", "loss", "seed", "resume")  # by the protocol
+SET = ("preset", "lr", "warmup_epochs", "knn_every", "projection_head", "loss", "seed", "resume")  # set by the protocol
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,21 +63,21 @@ def parser() -> argparse.ArgumentParser:
     add, given = result.add_argument, os.environ.get("CIFAR10_FOLDER", "cifar10")
     add("--data", default=given, help="a folder with train/ and test/, or cifar10 (default $CIFAR10_FOLDER or cifar10)")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of the rows (default: all)")
-    add("--backbone", default="resnet8", help="of every row (default resnet8)")
-    add("--epochs", type=int, default=30, help="of every row (default 30)")
+    add("--backbone", default="resnet8", help="network of every row (default resnet8)")
+    add("--epochs", type=int, default=30, help="epochs of every row (default 30)")
     add("--batch-size", type=int, default=128, help="N of every row (default 128)")
-    add("--rates", type=float, nargs="+", default=[1, 3, 10], help="tried, times the preset's (default 1 3 10)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of SimCLR; other rows take the first (default 0 1 2)")
-    add("--jobs", type=int, default=1, help="rows at a time (default 1)")
-    add("--threads", type=int, default=0, help="of each row (default: the cores over --jobs)")
-    add("--quick", action="store_true", help="2 epochs of a tenth of the images, the preset's rate, one seed")
+    add("--rates", type=float, nargs="+", default=[1, 3, 10], help="multiples of the preset's (default 1 3 10)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for SimCLR; other rows take the first (default 0 1 2)")
+    add("--jobs", type=int, default=1, help="how many rows run at a time (default 1)")
+    add("--threads", type=int, default=0, help="threads of each row (default: cores divided by --jobs)")
+    add("--quick", action="store_true", help="take 2 epochs, a tenth of the images, the preset's rate and one seed")
     add("--out", default="runs/results", help="folder of the runs (default runs/results)")
     return result
 
 
 def tenth(data: Data) -> Data:
-    """A tenth of the training images of each class to train on, and another tenth of them to judge by. Raises
-    `InputError` if not all images have a label."""
+    """Take a tenth of each class's training images to train on, and another tenth to judge by. Raises `InputError`
+    unless all images have a label."""
     ensure(data.labelled and (data.train.labels >= 0).all(), f"--data {data.name}: give images that all have a label")
     labels, place = data.train.labels, torch.zeros(len(data.train), dtype=torch.long)
     for label in labels.unique():
@@ -86,7 +87,7 @@ def tenth(data: Data) -> Data:
 
 
 def words_of(row: str, args: argparse.Namespace, rest: Sequence[str], seed: int, rate: float, epochs: int) -> list[str]:
-    """The flags of one run of a row."""
+    """The command-line flags for one run of a row."""
     method, own = ROWS[row]
     kind = importlib.import_module(method).Config
     recipe = kind.preset("cifar")
@@ -98,7 +99,7 @@ def words_of(row: str, args: argparse.Namespace, rest: Sequence[str], seed: int,
 
 
 def one_run(row: str, words: Sequence[str], out: Path, data: Data, linear: bool) -> dict[str, Any]:
-    """Train, judge and write result.json; read it where that has been done. A run that diverges is a result, too."""
+    """Train, judge and write result.json, or read it if it exists. A run that diverges is a result, too."""
     if (written := out / "result.json").exists():
         return json.loads(written.read_text())
     name, device = ROWS[row][0], data.train.device
@@ -127,7 +128,7 @@ def one_run(row: str, words: Sequence[str], out: Path, data: Data, linear: bool)
 
 
 def one_row(row: str, seed: int, args: argparse.Namespace, rest: list[str]) -> None:
-    """Choose the row's rate by the rule, and make its run: the work of one process."""
+    """The work of one process: choose the row's learning rate by the rule, then make its run."""
     folder = Path(args.out) / row.replace(" ", "-")
     if (folder / f"seed-{seed}" / "result.json").exists():
         return
@@ -138,7 +139,7 @@ def one_row(row: str, seed: int, args: argparse.Namespace, rest: list[str]) -> N
     part, best, short = tenth(data), args.rates[0], -(-args.epochs // 3)
     if len(args.rates) > 1 and row != "untrained":
         knn = {}
-        for rate in args.rates:  # with the first seed, also for the others
+        for rate in args.rates:  # the first seed chooses for the other seeds, too
             words = words_of(row, args, rest, args.seeds[0], rate, short)
             knn[rate] = one_run(row, words, folder / f"rate-{rate:g}", part, linear=False)["knn_top1"]
         best = max(knn, key=knn.get)
@@ -147,7 +148,7 @@ def one_row(row: str, seed: int, args: argparse.Namespace, rest: list[str]) -> N
 
 
 def report(args: argparse.Namespace) -> str:
-    """The table of what is done, the rates that were tried, and the commands."""
+    """The table of the finished runs, the rates that were tried, and the commands."""
 
     def results_of(row: str, names: list[str]) -> dict[str, dict[str, Any]]:
         paths = {name: Path(args.out) / row.replace(" ", "-") / name / "result.json" for name in names}
@@ -171,13 +172,13 @@ def report(args: argparse.Namespace) -> str:
     if tried:
         head = ["kNN of the short runs (lr)", *(f"{rate:g} times the preset's rate" for rate in args.rates)]
         parts.append(table.markdown(head, tried))
-    quick = "--quick: of a tenth of the training images, judged on another; nothing to compare with"
+    quick = "--quick: trained on a tenth of the training images, judged on another tenth; compare it with nothing"
     return "\n\n".join([*parts, quick if args.quick else "\n".join(f"    {f['command']}" for f in runs)])
 
 
 def run_all(jobs: list[tuple[str, int]], args: argparse.Namespace, words: Sequence[str]) -> list[str]:
-    """A process for each (row, seed), `args.jobs` at a time. Returns those that failed. Whatever ends this function
-    ends the processes: they save a checkpoint first."""
+    """Run each (row, seed) in a process, `args.jobs` at a time; returns the ones that failed. Whatever ends this
+    function also ends the processes, which first save a checkpoint."""
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads or max(1, CORES // args.jobs))}
     waiting, running, failed = list(jobs), {}, []
     try:
@@ -206,7 +207,7 @@ def run_all(jobs: list[tuple[str, int]], args: argparse.Namespace, words: Sequen
 
 def main(argv: list[str] | None = None) -> None:
     flags, words = parser(), sys.argv[1:] if argv is None else argv
-    flags.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # row and seed: what a process of its own does
+    flags.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # row and seed, for the process of one row
     args, rest = flags.parse_known_args(words)
     if args.quick:
         args.epochs, args.rates, args.seeds = 2, [1], args.seeds[:1]
@@ -215,14 +216,14 @@ def main(argv: list[str] | None = None) -> None:
 
     ensure(args.jobs > 0 and args.epochs > 0 and min(args.rates) > 0, "--jobs, --epochs, --rates: give more than 0")
     table.refuse(rest, SET)
-    for row, seed in itertools.product(args.rows, args.seeds):  # all that can be refused is refused before any run
+    for row, seed in itertools.product(args.rows, args.seeds):  # refuse wrong flags before any run
         config = importlib.import_module(ROWS[row][0]).Config
         common.parse_args(config, words_of(row, args, rest, seed, 1, args.epochs))
     folder = Path(args.out)
     rule = {k: v for k, v in vars(args).items() if k not in ("one", "rows", "seeds", "jobs", "threads", "out")}
     rule, kept = json.dumps(rule | {"rest": rest, "first seed": args.seeds[0]}) + "\n", folder / "protocol.json"
     same = not kept.exists() or kept.read_text() == rule
-    ensure(same, f"--out {folder}: its runs are of another protocol, see {kept}; choose another folder")
+    ensure(same, f"--out {folder}: its runs follow another protocol, see {kept}; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     common.save_whole(rule.encode(), kept)
 
@@ -233,11 +234,11 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, stop)
     failed = run_all([(row, args.seeds[0]) for row in args.rows], args, words)
     failed += run_all([("SimCLR", seed) for seed in args.seeds[1:] if "SimCLR" in args.rows], args, words)
-    said = report(args) if any(folder.glob("*/seed-*/result.json")) else "nothing is done yet"
+    said = report(args) if any(folder.glob("*/seed-*/result.json")) else "no run is finished yet"
     common.save_whole(f"{said}\n".encode(), folder / "results.md")
     print(f"\n{said}")
     if failed:
-        raise common.RunFailure(f"{'; '.join(failed)}: see the files of that name in {folder}")
+        raise common.RunFailure(f"{'; '.join(failed)} failed; see the .txt files of these names in {folder}")
 
 
 if __name__ == "__main__":

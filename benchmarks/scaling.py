@@ -1,13 +1,13 @@
-"""Several processes on one machine (gloo): bytes sent and memory as their number W grows, and the price of a second.
+"""What do several processes on one machine (gloo) send and store as their number W grows, and how fast are two?
 
     python benchmarks/scaling.py                  the loss: 1, 2, 4 and 8 processes of 512 images, d = 128
-    python benchmarks/scaling.py --methods        a whole step of each method's demo, two processes
+    python benchmarks/scaling.py --methods        a whole step of each method's demo, with two processes
     python benchmarks/scaling.py --counts         SimCLR's ResNet-50 at 224 pixels: parameters, and bytes a view keeps
     python benchmarks/scaling.py --speed          images/s of the training loop: two processes against one, on two cores
 
-Bytes are those that the loopback device has carried, in a step's mean, for each process; memory is the peak beyond the
-inputs, of the process with the most. "all-gather with gradient" is what libraries do: z is gathered by a function whose
-backward pass sums the gradient of all rows over all processes, and the loss builds its 2n x 2N logits.
+Bytes are those that the loopback device carries, averaged over steps and divided by W. Memory is the peak beyond the
+inputs, in the process with the highest peak. "all-gather with gradient" is what libraries do: they gather z by a
+function whose backward pass sums the gradient of all rows over all processes, and they build the 2n x 2N logits.
 """
 
 import argparse
@@ -38,8 +38,8 @@ METHODS = ["simclr", "moco", "byol", "simsiam", "swav", "supcon"]
 
 
 class Gather(torch.autograd.Function):
-    """The rows (n, d) of all processes, rank by rank, (W n, d). The backward pass sums the gradients of all processes,
-    as libraries do; `common.gather` needs no exchange there."""
+    """Gather the rows (n, d) of all processes, rank by rank, to (W n, d). The backward pass sums the gradients of all
+    processes, as in other libraries; that of `common.gather` exchanges nothing."""
 
     @staticmethod
     def forward(ctx, x):
@@ -54,7 +54,7 @@ class Gather(torch.autograd.Function):
 
 
 def usual(z1, z2, t=0.5):
-    """nt_xent by an all-gather with gradient: this process's 2n rows against the 2N of all."""
+    """nt_xent by an all-gather with gradient: this process's 2n rows against all 2N rows."""
     z, n = F.normalize(torch.cat([z1, z2]), dim=1), len(z1)
     first = dist.get_rank() * 2 * n
     own = first + torch.arange(2 * n)
@@ -74,7 +74,7 @@ def measure_loss(rank, processes, folder, n, d):
     for name, loss in losses.items():
         torch.manual_seed(rank)
         z = [torch.randn(n, d, requires_grad=True) for _ in range(2)]
-        loss(z[0][:40], z[1][:40]).backward()  # loads what it needs
+        loss(z[0][:40], z[1][:40]).backward()  # loads the libraries
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         dist.barrier()
         before = status("VmRSS")
@@ -89,7 +89,7 @@ def measure_loss(rank, processes, folder, n, d):
 
 
 class Counted(images.Images):
-    """A split that notes at each of the first steps, as its views are asked for, how many bytes have been sent."""
+    """A split that notes how many bytes have been sent, each time that one of the first steps asks for its views."""
 
     def views(self, *asked, **named):
         for views in super().views(*asked, **named):
@@ -117,14 +117,14 @@ def join(rank, processes, folder):
 
 
 def in_processes(work, processes, *rest):
-    """What `work` has saved in its folder, by name."""
+    """Run `work` in new processes; return what they saved in the folder, by file name."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (processes, folder, *rest), nprocs=processes)
         return {path.stem: torch.load(path) for path in Path(folder).glob("*.pt")}
 
 
 def counts():
-    """Of SimCLR's model: M parameters, BN layers, and the MB that the graph of a view keeps, without and with bf16."""
+    """SimCLR's model: M parameters, BN layers, and the MB that a view's graph keeps, without and with bf16."""
     model = simclr.SimCLR(simclr.Config()).to(memory_format=torch.channels_last)
     layers = sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     row = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}", str(layers)]
@@ -141,14 +141,14 @@ def counts():
             x = torch.randn(views, 3, 224, 224).to(memory_format=torch.channels_last)
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
             with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                graph = model.embed(x)  # noqa: F841  alive, so that no storage is used again
+                graph = model.embed(x)  # noqa: F841  kept, so that no storage is used again
             kept.append(sum(sizes.values()))
         row.append(f"{(kept[1] - kept[0]) / 2 / 1e6:.1f}")
     return row
 
 
 def speed(rounds):
-    """Images/s of a demo's second epoch: two processes of a thread each, one of two threads, one of one thread."""
+    """Images/s of a demo's second epoch: two processes of one thread, one process of two threads, one of one thread."""
     root = Path(__file__).resolve().parent.parent
     flags = ["simclr.py", "--epochs", "2", "--knn-every", "0", "--out"]
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -168,16 +168,16 @@ def speed(rounds):
 def main():
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--methods", action="store_true", help="a step of each method, two processes")
-    parser.add_argument("--counts", action="store_true", help="parameters and memory of ResNet-50")
-    parser.add_argument("--speed", action="store_true", help="images/s of the training loop")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="W (default 1 2 4 8)")
+    parser.add_argument("--methods", action="store_true", help="measure a step of each method, with two processes")
+    parser.add_argument("--counts", action="store_true", help="count parameters and memory of ResNet-50")
+    parser.add_argument("--speed", action="store_true", help="measure images/s of the training loop")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8], help="values of W (default 1 2 4 8)")
     parser.add_argument("--n", type=int, default=512, help="images of each process (default 512)")
     parser.add_argument("--d", type=int, default=128, help="width of z (default 128)")
-    parser.add_argument("--rounds", type=int, default=3, help="of --speed (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of --speed (default 3)")
     args = parser.parse_args()
     if args.speed:
-        print(markdown(["", "images/s", "of one on two threads"], speed(args.rounds)))
+        print(markdown(["", "images/s", "over one process, two threads"], speed(args.rounds)))
     elif args.counts:
         print(markdown(["M parameters", "BN layers", "MB a view", "MB a view, bf16"], [counts()]))
     elif args.methods:

@@ -1,19 +1,20 @@
-"""SimSiam's section 5, and twice the pairs of section 4.6: experiments that replace a part of simsiam.py's loop.
+"""SimSiam's section 5, and the doubled pairs of section 4.6: experiments that replace a part of simsiam.py's loop.
 
-    python benchmarks/simsiam_section5.py                               every row, by the demo's recipe
+    python benchmarks/simsiam_section5.py                               every row, with the demo's recipe
     python benchmarks/simsiam_section5.py --rows "k = 10" --seeds 0 1 2 --epochs 8
     python benchmarks/simsiam_section5.py --data /my/photos --backbone resnet18      any flag of simsiam.py
 
-The hypothesis (5.1): SimSiam lowers, over theta and over a vector eta_x for each image x in turn,
+The hypothesis (5.1): SimSiam alternately minimises, over theta and over a vector eta_x for each image x,
 
     L(theta, eta) = E_{x, T} | F_theta(T(x)) - eta_x |^2                                            (equation 5)
     theta_t <- argmin over theta of L(theta, eta_{t-1})       by SGD                                (equation 7)
-    eta_t <- argmin over eta of L(theta_t, eta), so eta_x = E_T F_theta(T(x)), of which SimSiam takes one sample T'(x)
+    eta_t <- argmin over eta of L(theta_t, eta), so eta_x = E_T F_theta(T(x)); SimSiam takes a single sample T'(x)
                                                                                                     (equations 8 to 10)
-k = 10, 100, an epoch (5.2, multi-step alternation): eta of the images of k steps is computed before them, from views of
-its own, and equation 7 takes k steps of SGD; SimSiam itself is k = 1. Average (5.2, expectation over augmentations):
-eta_x <- m eta_x + (1 - m) F(T'(x)), a mean over T, takes the place of the predictor, which 5.2 takes to stand for it.
-Twice the pairs (4.6): one direction each of two pairs of views. The paper's figures: ImageNet, linear, 100 epochs.
+The rows k = 10, k = 100 and k = an epoch are 5.2's multi-step alternation: eta of the next k steps' images is computed
+from separate views, then equation 7 takes k steps of SGD. SimSiam itself has k = 1. The row average is 5.2's
+expectation over augmentations. 5.2 supposes that the predictor stands for this expectation, so this row has no
+predictor, and eta_x <- m eta_x + (1 - m) F(T'(x)) averages over T. Twice the pairs (4.6) trains on two pairs of views
+of an image, in one direction each. The paper's figures are for ImageNet: linear evaluation after 100 epochs.
 """
 
 import copy
@@ -39,7 +40,7 @@ M = 0.8  # m of the moving average (5.2)
 
 
 def train(config: Config, losses: Callable[[common.Run, SimSiam], Iterator], note: str) -> dict[str, Any]:
-    """`simsiam.train`, with the loss of each step from `losses(run, model)`, see `table.learn`."""
+    """Train as `simsiam.train`, but `losses(run, model)` yields the loss of each step, as in `table.learn`."""
     run = common.Run(config)
     model = SimSiam(config).to(run.device, memory_format=torch.channels_last)
     lr = config.lr * config.batch_size / 256
@@ -56,16 +57,16 @@ def eta_of(model: SimSiam, config: Config, views: list[Tensor]) -> list[Tensor]:
 
 
 def ahead(run: common.Run, model: SimSiam, k: int) -> Iterator:
-    """Equation 7 by k steps of SGD, or an epoch's if k is 0, towards targets from before the first of them."""
+    """Equation 7 by k steps of SGD, or by a whole epoch if k is 0. The targets are computed before the first step."""
     c, train = run.config, run.data.train
     crops, order = [(c.image_size, (c.crop_min_scale, 1.0))] * 2, torch.Generator().manual_seed(seed_of(c.seed))
-    for _ in run.batches():  # counts the steps; the images of the coming steps have to be known here, so it draws none
+    for _ in run.batches():  # counts steps, draws no images: those of k steps must be known here
         at = run.step % run.steps
         if at == 0:
             epoch = torch.randperm(len(train), generator=order).split(c.batch_size)[: run.steps]
         if at % (k or run.steps) == 0:
             block = epoch[at : at + (k or run.steps)]
-            frozen = copy.deepcopy(model)  # its BN statistics move, and those of the model stay
+            frozen = copy.deepcopy(model)  # a copy, so that the model's BN statistics stay
             others = train.views(block, crops, (c.seed, run.step, 1), c.workers)
             etas = iter([eta_of(frozen, c, pair) for pair in others])
             pairs = train.views(block, crops, (c.seed, run.step, 0), c.workers)
@@ -75,8 +76,9 @@ def ahead(run: common.Run, model: SimSiam, k: int) -> Iterator:
 
 
 def moving_average(eta: Tensor, index: Tensor, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    """eta_x <- m eta_x + (1 - m) z / |z| of the images index (N,), once by z of either view, (N, d): both are returned,
-    and their mean stays in eta (M, d). So a view's target, the other view's, does not contain the view itself.
+    """eta_x <- m eta_x + (1 - m) z / |z| for the images index (N,), once with z1 and once with z2, (N, d). Both results
+    are returned, and their mean is stored in eta (M, d). A view's target is the result of the other view, so it does
+    not contain the view itself.
     """
     index = index.to(eta.device)
     eta1, eta2 = (M * eta[index] + (1 - M) * F.normalize(z.detach(), dim=1) for z in (z1, z2))
@@ -85,7 +87,7 @@ def moving_average(eta: Tensor, index: Tensor, z1: Tensor, z2: Tensor) -> tuple[
 
 
 def average(run: common.Run, model: SimSiam) -> Iterator:
-    """The moving average, which starts at random unit vectors: from zeros, the first epoch would predict z itself."""
+    """Predict a moving average that starts at random unit vectors. From zeros, epoch 1 would predict z itself."""
     c, eta = run.config, F.normalize(torch.randn(len(run.data.train), model.dim), dim=1).to(run.device)  # (M, d)
     for index, views in run.batches(views=2, scale=(c.crop_min_scale, 1.0)):
         x1, x2 = (augment(x, c) for x in views)
@@ -95,7 +97,7 @@ def average(run: common.Run, model: SimSiam) -> Iterator:
 
 
 def twice(run: common.Run, model: SimSiam) -> Iterator:
-    """Of four views the first predicts the second, the third the fourth."""
+    """With four views, the first predicts the second, and the third predicts the fourth."""
     for _, views in run.batches(views=4, scale=(run.config.crop_min_scale, 1.0)):
         x1, x2, x3, x4 = (augment(x, run.config) for x in views)
         (p1, _, z1, z2), (p3, _, _, z4) = model(x1, x2), model(x3, x4)
@@ -103,7 +105,7 @@ def twice(run: common.Run, model: SimSiam) -> Iterator:
 
 
 def steps_ahead(config: Config, k: int) -> dict[str, Any]:
-    return train(config, partial(ahead, k=k), f"targets of {k or 'all the epoch'} steps, from before the first of them")
+    return train(config, partial(ahead, k=k), f"targets for {k or 'all'} steps, made before the first of them")
 
 
 def plain(config: Config, **given: Any) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def plain(config: Config, **given: Any) -> dict[str, Any]:
 
 def averaged(config: Config) -> dict[str, Any]:
     config = dataclasses.replace(config, predictor="none")
-    return train(config, average, f"targets are a moving average, m = {M}, no predictor")
+    return train(config, average, f"the targets are a moving average, m = {M}; no predictor")
 
 
 ROWS = {
@@ -123,7 +125,7 @@ ROWS = {
     "no predictor": (partial(plain, predictor="none"), "0.1"),
     "average": (averaged, "55.0"),
     "one direction": (partial(plain, symmetric=False), "64.8"),
-    "twice the pairs": (partial(train, losses=twice, note="targets of the same step, twice the pairs"), "67.3"),
+    "twice the pairs": (partial(train, losses=twice, note="two pairs of views of each image"), "67.3"),
 }
 UNUSED = ("stop_gradient", "predictor", "similarity", "symmetric")
 COLUMNS = {"kNN of h": "knn_top1", "loss": "loss", "std": "feature_std", "rank": "effective_rank", "s": "seconds"}

@@ -1,22 +1,22 @@
-"""SupCon's choices, and its two baselines (table 2): cross-entropy, and the large-margin softmax of Liu et al. 2016.
+"""SupCon's choices, and its two baselines in table 2: cross-entropy, and the large-margin softmax of Liu et al. 2016.
 
-    python benchmarks/supervised.py                                     every row, by the demo's recipe of supcon.py
+    python benchmarks/supervised.py                                     every row, with the demo's recipe of supcon.py
     python benchmarks/supervised.py --rows supcon "max-margin, m = 4" --seeds 0 1 2 --epochs 5
     python benchmarks/supervised.py --data /my/photos --backbone resnet18            any flag of supcon.py
 
-Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, table 2. Its choices are the sum over positives outside
-(L_out) or inside (L_in) the logarithm, a head of one or two layers, and z of length 1; the rows without it have a tau
-of their own.
+Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362, table 2. The rows vary SupCon's choices: whether the
+sum over positives is outside (L_out) or inside (L_in) the logarithm, whether the head has one layer or two, and whether
+z has length 1. A row that does not normalise z names its tau.
 
-Liu, Wen, Yu, Yang, ICML 2016, https://arxiv.org/abs/1612.02295. Of h (N, d), a linear classifier W without bias and the
-true class y, the logit |w_y| |h| cos(a), a the angle between the two, becomes smaller, so that h has to be nearer to
-w_y than to any other w:
+Liu, Wen, Yu, Yang, ICML 2016, https://arxiv.org/abs/1612.02295. A linear classifier W without bias gives h (N, d) the
+logit |w_y| |h| cos(a) for its true class y, where a is the angle between h and w_y. The paper makes this logit smaller,
+so that h has to come much nearer to w_y than to the other w:
 
     |w_y| |h| (lam cos(a) + psi(a)) / (lam + 1)                                                     (equation 9)
     psi(a) = (-1)^k cos(m a) - 2k    on k pi / m <= a <= (k + 1) pi / m                              (equation 6)
 
-The baselines have no projection head and see both views, so an epoch costs the same. All rows are judged alike, by kNN
-and linear_eval.py's linear classifier on the frozen h. The paper's figures: CIFAR-10, ResNet-50, 1000 epochs.
+The baselines have no projection head. They see both views, so an epoch costs the same. All rows are judged by kNN and
+by linear_eval.py's linear classifier, on the frozen h. The paper's figures are for CIFAR-10, ResNet-50, 1000 epochs.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from supcon import Config, augment
 
 
 def large_margin(h: Tensor, w: Tensor, labels: Tensor, m: int, lam: float) -> Tensor:
-    """Logits (N, C) of h (N, d) under w (C, d), that of the true class by equation 9; labels (N,). m = 1: no margin."""
+    """Logits (N, C) of h (N, d) and w (C, d), with equation 9 for the true class; labels (N,). m = 1: no margin."""
     logits = h @ w.T
     norm = (h.norm(dim=1) * w.norm(dim=1)[labels]).clamp(min=1e-12)  # (N,)
     true = logits.gather(1, labels[:, None]).squeeze(1)
@@ -55,13 +55,13 @@ def large_margin(h: Tensor, w: Tensor, labels: Tensor, m: int, lam: float) -> Te
 
 
 def margin_loss(h: Tensor, w: Tensor, labels: Tensor, m: int, progress: float) -> Tensor:
-    """Cross-entropy of `large_margin`. lam falls from 1000 to 0.001 as `progress` goes from 0 to 1: the paper lets it
-    fall "gradually", the pace is ours."""
+    """Cross-entropy of `large_margin`. lam falls from 1000 to 0.001 as `progress` goes from 0 to 1. The paper says only
+    that lam falls gradually; the pace is ours."""
     return F.cross_entropy(large_margin(h, w, labels, m, 10 ** (3 - 6 * progress)), labels)
 
 
 def of_any_length(z: Tensor, labels: Tensor, tau: float) -> Tensor:
-    """L_out (equation 2) of z (M, d) as it is: `supcon.sup_con` brings z to length 1. Each label occurs twice."""
+    """L_out (equation 2) of z (M, d), which `supcon.sup_con` would normalise. Each label has to occur twice or more."""
     s, itself = z @ z.T / tau, torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (labels[:, None] == labels) & ~itself  # (M, M): p in P(i)
     log_p = s - s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
@@ -69,11 +69,11 @@ def of_any_length(z: Tensor, labels: Tensor, tau: float) -> Tensor:
 
 
 def train(config: Config, loss_of: Callable, note: str) -> dict[str, Any]:
-    """`supcon.train` with another loss: `loss_of(z (2N, d), w (C, d), labels (2N,), progress)`. z is h where the config
-    says cross-entropy, and w is the classifier's weight."""
+    """Train as `supcon.train`, but with the loss `loss_of(z (2N, d), w (C, d), labels (2N,), progress)`. w is the
+    classifier's weight. If the config has the loss cross-entropy, z is h."""
     run = common.Run(config)
     labels = run.data.train.labels.to(run.device)
-    words = f"--data {run.data.name}: give a set in which every image has a label, and some are held out"
+    words = f"--data {run.data.name}: give a set with held-out images, in which every image has a label"
     ensure(run.data.labelled and labels.min() >= 0, words)
     model = supcon.SupCon(config).to(run.device, memory_format=torch.channels_last)
     classifier = nn.Linear(model.dim, len(run.data.classes), bias=False).to(run.device)
@@ -93,7 +93,7 @@ def train(config: Config, loss_of: Callable, note: str) -> dict[str, Any]:
 
 
 def judged(config: Config, work: Callable = supcon.train, **given: Any) -> dict[str, Any]:
-    """Train with the flags `given`; the figures, with the linear classifier's on the frozen h."""
+    """Train with the flags `given`; return the figures, with linear top-1 of the frozen h."""
     found = work(dataclasses.replace(config, **given))
     return found | linear(found["out"])
 

@@ -1,4 +1,4 @@
-"""What the experiments share: their flags, a training loop, the table of their rows, and how a picture is written."""
+"""What the experiments share: flags, a training loop, tables of results, timing in turns, and drawing pictures."""
 
 import argparse
 import dataclasses
@@ -26,25 +26,25 @@ from images import ensure
 
 
 def parser(doc: str, name: str = "") -> argparse.ArgumentParser:
-    """A parser of an experiment's own flags. With a `name` it has `--seeds` and `--out`."""
+    """A parser for an experiment's own flags. With a `name`, it also has `--seeds` and `--out`."""
     shape = argparse.RawDescriptionHelpFormatter
     result = common.OneLineParser(description=doc, formatter_class=shape, allow_abbrev=False)
     if name:
-        result.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each (default 0)")
+        result.add_argument("--seeds", type=int, nargs="+", default=[0], help="run each row with each seed (default 0)")
         result.add_argument("--out", default=f"runs/{name}", help=f"folder of the runs (default runs/{name})")
     return result
 
 
 def refuse(rest: Sequence[str], names: Sequence[str]) -> None:
-    """Raise `InputError` if the words `rest` of a command line give one of these flags."""
+    """Raise `InputError` if `rest`, words of a command line, has one of the flags `names`."""
     given = {word.split("=")[0].replace("--no-", "--") for word in rest}
     for name in map(common.dashed, names):
         ensure(name not in given, f"{name}: not for this experiment; leave it out")
 
 
 def base_config(method: type[Flags], rest: Sequence[str], unused: Sequence[str] = ()) -> Any:
-    """The recipe of every row: that of the method's script with the flags `rest`. Raises `InputError`, also for flags
-    that an experiment sets by itself or does without; `unused` names more of them."""
+    """The recipe of every row: the method's own, with the flags `rest`. Raises `InputError` for wrong flags, and for
+    flags that the experiment sets itself or ignores; `unused` adds to these."""
     refuse(rest, ("seed", "resume", "amp", "compile", "micro_batch_size", "loss_backend", *unused))
     return common.parse_args(method, rest)
 
@@ -54,7 +54,7 @@ def learn(
     **parts: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The training loop of an experiment; returns the final figures. For each step `losses(network)` yields the loss,
-    the output z (n, d) to look at, and the views. `lr` is the learning rate's peak."""
+    the output z (n, d) for the log, and the views. `lr` is the peak learning rate."""
     warmup = run.config.warmup_epochs * run.steps
     for loss, z, *views in losses(run.begin(model, optimizer=optimizer, note=note, **parts)):
         common.set_lr(optimizer, common.cosine_lr(run.step, run.total, warmup, lr))
@@ -66,7 +66,7 @@ def learn(
 
 
 def run(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures that `work` returns, and how many seconds it took; a line before and after."""
+    """Do `work` and return its figures and its seconds. Prints a line before and after."""
     print(f"\n=== {what}", flush=True)
     started = time.monotonic()
     found = work()
@@ -77,14 +77,14 @@ def run(what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def linear(out: str) -> dict[str, Any]:
-    """Linear top-1 on h of the run in the folder `out`, by linear_eval.py's protocol of cached features."""
+    """Linear top-1 on h, for the run in the folder `out`, by linear_eval.py's protocol of cached features."""
     return {"linear_top1": linear_eval.main([out])["linear_top1"]}
 
 
 @contextmanager
 def processes(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool that does each task in a new process of so many threads, `jobs` at a time. An error drops what waits."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # the new processes take it over
+    """A pool that runs `jobs` tasks at a time, each in a new process of `threads` threads. An error drops the rest."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # the new processes inherit it
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     try:
         yield pool
@@ -93,7 +93,7 @@ def processes(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def over_seeds(values: Sequence[float | None], places: int = 3) -> str:
-    """The mean, and from ... to where there are several seeds; empty where nothing was measured."""
+    """The mean; with several seeds also the lowest and the highest value. Empty if a value is missing."""
     if None in values:
         return ""
     mean, low, high = sum(values) / len(values), min(values), max(values)
@@ -107,7 +107,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine(device: str = "cpu") -> str:
-    """What measured: the versions, and the processor with the instructions that torch uses, or the GPU."""
+    """The setting of a measurement: versions, and the GPU or the processor with the instructions that torch uses."""
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     if common.pick_device(device).type == "cuda":
         return f"{versions}, {torch.cuda.get_device_name(device)}"
@@ -118,8 +118,8 @@ def machine(device: str = "cpu") -> str:
 
 
 def race(title: str, contenders: dict[str, Callable[[], float]], rounds: int) -> str:
-    """Images/s of each contender, in rounds of all in a changing order after a round that warms up. Prints and returns
-    a table of the median, and of the first's lead within a round, so that a noisy machine shifts all alike."""
+    """Time the contenders in rounds, in changing order, after a round that warms up; print and return a table. It has
+    each one's median images/s, and how much faster the first is within a round: noise shifts all of a round alike."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name in random.Random(turn).sample(list(contenders), len(contenders)):
@@ -136,7 +136,7 @@ def race(title: str, contenders: dict[str, Callable[[], float]], rounds: int) ->
 
 
 def figure(width: float, height: float, path: str | Path, draw: Callable) -> None:
-    """`draw(figure)` as a picture of so many inches; a line where matplotlib is not installed."""
+    """Write the picture that `draw(figure)` makes, in inches. Prints a line if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -153,7 +153,8 @@ def compare(
 ) -> str:  # fmt: skip
     """Run every row with every seed, as the command line asks; print and return the table.
 
-    `rows`: name -> (what trains a config and returns its figures, the paper's figure); `columns`: title -> figure.
+    `rows`: name -> (a function that trains a config and returns figures, the paper's figure). `columns`: title -> the
+    name of a figure.
     """
     flags.add_argument("--rows", nargs="+", choices=rows, default=list(rows), help="some of the rows (default: all)")
     args, rest = flags.parse_known_args(argv)

@@ -1,18 +1,18 @@
-"""What InfoNCE estimates, and which negatives a loss pushes on: three pictures.
+"""What does InfoNCE estimate, and which negatives does a loss push away? Three tables, and a picture of each.
 
-    python benchmarks/theory.py mutual-information             log K - L against the truth, on Gaussians
-    python benchmarks/theory.py density-ratio                  a critic's scores against the log density ratio
+    python benchmarks/theory.py mutual-information             log K - L beside the true information, on Gaussians
+    python benchmarks/theory.py density-ratio                  a critic's scores beside the log density ratio
     python benchmarks/theory.py weights runs/pairwise          alpha_ij of each loss of pairwise.py, in a trained run
 
-Van den Oord, Li, Vinyals 2018, https://arxiv.org/abs/1807.03748, section 2.3: of one y that belongs to x and K - 1 that
-do not, the best critic s(x, y) is log p(y|x) / p(y), up to a function of x, and
+Van den Oord, Li, Vinyals 2018, https://arxiv.org/abs/1807.03748, section 2.3: one candidate y belongs to x, and K - 1
+others do not. The best critic s(x, y) is log p(y|x) / p(y), up to a function of x, and
 
     I(x; y) >= log K - L,       L = E[ -log( exp s(x, y) / sum over the K of exp s(x, y_j) ) ]
 
-x and y are Gaussian, with the correlation rho in each of D dimensions: I = -D/2 log(1 - rho^2) nats, and the density
-ratio is known. NCE's critic (Gutmann, Hyvarinen 2010) has no function of x left open.
+Here x and y are Gaussian, with the correlation rho in each of D dimensions. Then I = -D/2 log(1 - rho^2) nats, and the
+density ratio is known. The best critic of NCE (Gutmann, Hyvarinen 2010) has no free function of x.
 Tian 2022, arXiv:2201.12680: a loss of the family pushes on d_ij- with the weight alpha_ij = phi'(...) psi'(...).
-Prints each table and writes each picture to --out.
+Each command prints a table and writes a picture to --out.
 """
 
 import argparse
@@ -30,17 +30,17 @@ import images
 import pairwise
 from benchmarks.table import figure, markdown, over_seeds, parser
 
-BATCH, HELD_OUT = 1024, 65_536  # pairs of a step, and pairs that an estimate is made on
+BATCH, HELD_OUT = 1024, 65_536  # pairs in a training step, and pairs in an estimate
 
 
 def correlated(n: int, dim: int, rho: float) -> tuple[Tensor, Tensor]:
-    """n pairs x, y (n, D) of standard normal numbers with the correlation rho."""
+    """n pairs x, y (n, D) of standard normal numbers, correlated by rho."""
     x, noise = torch.randn(2, n, dim)
     return x, rho * x + math.sqrt(1 - rho * rho) * noise
 
 
 def rho_of(information: float, dim: int) -> float:
-    """The correlation of D dimensions that share so many nats."""
+    """The correlation with which D dimensions share `information` nats."""
     return math.sqrt(1 - math.exp(-2 * information / dim))
 
 
@@ -51,7 +51,7 @@ def log_ratio(x: Tensor, y: Tensor, rho: float) -> Tensor:
 
 
 class Critic(nn.Module):
-    """s(x, y) = u(x) . v(y), of (..., A, D) and (..., B, D): (..., A, B)."""
+    """s(x, y) = u(x) . v(y): from x (..., A, D) and y (..., B, D) to (..., A, B)."""
 
     def __init__(self, dim: int, width: int = 128, embedding: int = 64):
         super().__init__()
@@ -68,13 +68,13 @@ class Critic(nn.Module):
 
 
 def split_scores(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (G, K, K) of groups of K pairs: of the pairs (G K, 1), and of the others (G K, K), -inf at the pair."""
+    """Split scores (G, K, K) of groups of K pairs: the pairs' (G K, 1), and the others' (G K, K), -inf at the pair."""
     own = torch.eye(scores.shape[1], dtype=torch.bool)
     return scores.diagonal(dim1=1, dim2=2).reshape(-1, 1), scores.masked_fill(own, -math.inf).flatten(0, 1)
 
 
 def info_nce(scores: Tensor) -> Tensor:
-    """L of the scores (G, K, K): the family's, with -s in the place of the distance."""
+    """L of the scores (G, K, K): InfoNCE of pairwise.py, with -s as the distance."""
     own, others = split_scores(scores)
     return pairwise.info_nce(-own, -others, 1.0)
 
@@ -85,7 +85,7 @@ def nce(scores: Tensor) -> Tensor:
 
 
 def train(dim: int, rho: float, k: int, steps: int, loss: Any = info_nce, look: Any = None) -> Critic:
-    """A critic for K = k candidates; `look(step, critic)` is called before each step."""
+    """Train a critic with K = k candidates; `look(step, critic)` is called before each step."""
     critic = Critic(dim)
     optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
     for step in range(steps):
@@ -102,7 +102,7 @@ def train(dim: int, rho: float, k: int, steps: int, loss: Any = info_nce, look: 
 
 @torch.no_grad()
 def estimate(scores: Any, dim: int, rho: float, k: int) -> float:
-    """log K - L, on pairs that no critic has seen."""
+    """log K - L, on new pairs."""
     losses = []
     for _ in range(HELD_OUT // BATCH):
         x, y = (t.view(-1, k, dim) for t in correlated(BATCH, dim, rho))
@@ -111,7 +111,7 @@ def estimate(scores: Any, dim: int, rho: float, k: int) -> float:
 
 
 def mutual_information(args: argparse.Namespace) -> str:
-    """Estimates by K, of trained critics and of the best one."""
+    """Estimates of I(x; y) for each K, by trained critics and by the best critic."""
     lines, curves, ks = [], {}, (2, 4, 16, 64, 256, 1024)
     for truth in (2.0, 4.0, 8.0):
         rho = rho_of(truth, args.dim)
@@ -139,14 +139,14 @@ def mutual_information(args: argparse.Namespace) -> str:
         axes.grid(alpha=0.3)
 
     figure(6, 4, args.out / "mutual_information.png", draw)
-    return markdown(["I(x; y), nats", "K", "log K", "log K - L, trained", "of the best critic"], lines)
+    return markdown(["I(x; y), nats", "K", "log K", "log K - L, trained", "log K - L, best critic"], lines)
 
 
 def density_ratio(args: argparse.Namespace) -> str:
-    """How far a critic of one dimension is from the log density ratio, under p(x) p(y) on [-2, 2], by steps."""
+    """How far a one-dimensional critic is from the log density ratio, by steps, over p(x) p(y) on [-2, 2]."""
     rho, k, grid = 0.8, 64, torch.linspace(-2, 2, 41)[:, None]
     truth = log_ratio(grid[:, None], grid[None], rho)  # (x, y)
-    density = (-(grid.square() + grid.square().T) / 2).exp()  # of p(x) p(y), where a critic sees what is no pair
+    density = (-(grid.square() + grid.square().T) / 2).exp()  # p(x) p(y), the density of what is no pair
     at = [step for step in (0, 30, 100, 300, 1000) if step < args.steps] + [args.steps]
     errors, last = {}, {}
     for name, loss in (("infonce", info_nce), ("nce", nce)):
@@ -158,7 +158,7 @@ def density_ratio(args: argparse.Namespace) -> str:
                     difference = critic(grid, grid) - truth
                     if name == "infonce":
                         free = (density * difference).sum(1, keepdim=True) / density.sum(1, keepdim=True)
-                        difference = difference - free  # the function of x
+                        difference = difference - free  # the free function of x
                     mean = (density * difference.square()).sum() / density.sum()
                     errors.setdefault((name, step), []).append(mean.sqrt().item())
                     last[name] = truth + difference
@@ -181,10 +181,10 @@ def density_ratio(args: argparse.Namespace) -> str:
 
 
 def weights(args: argparse.Namespace) -> str:
-    """-dL/dd_ij-, in the family alpha_ij, by d_i+ - d_ij-, over its mean, of a batch of 256 held-out pictures."""
+    """The weight -dL/dd_ij- (in the family alpha_ij) over its mean, by d_i+ - d_ij-, for 256 held-out pictures."""
     config, model = common.load_run(args.run)
     ours = isinstance(config, pairwise.Config) and config.normalize and config.negatives == "batch"
-    images.ensure(ours, f"{args.run}: not a run of pairwise.py with z of length 1 and a batch's negatives; give one")
+    images.ensure(ours, f"{args.run}: give a run of pairwise.py with z of length 1 and negatives from the batch")
     torch.manual_seed(0)
     data = images.load(config, torch.device("cpu"))
     split, crop = data.test or data.train, (config.image_size, (config.crop_min_scale, 1.0))
@@ -212,17 +212,17 @@ def weights(args: argparse.Namespace) -> str:
     def draw(sheet: Any) -> None:
         axes = sheet.subplots()
         share, width = torch.histc(x, len(middle)), 0.8 * float(edges[1] - edges[0])
-        axes.bar(middle.tolist(), (share / share.max()).tolist(), width, color="lightgrey", label="how many pairs")
+        axes.bar(middle.tolist(), (share / share.max()).tolist(), width, color="lightgrey", label="number of pairs")
         for i, (name, curve) in enumerate(curves.items()):
             style = {"color": f"C{i}" if i < 10 else "black", "linestyle": ("-", "--", ":", "-.")[i % 4]}
             axes.plot(
                 middle.tolist(), curve, label=name, linewidth=3.2 - 0.2 * i, **style
-            )  # some are one upon the other
+            )  # thinner and thinner, since some curves coincide
         axes.set(yscale="log", ylim=(0.01, 100), xlabel="d+ - d-: right is harder", ylabel="weight over its mean")
         sheet.legend(loc="outside right center", fontsize="small")
 
     figure(9, 4.6, args.out / "weights.png", draw)
-    return markdown(["loss", "weight on the hardest 1% of the pairs", "pairs without any"], lines)
+    return markdown(["loss", "weight on the hardest 1% of the pairs", "pairs without weight"], lines)
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -230,10 +230,10 @@ def main(argv: list[str] | None = None) -> str:
     add = flags.add_argument
     what = {"mutual-information": mutual_information, "density-ratio": density_ratio, "weights": weights}
     add("what", choices=what)
-    add("run", nargs="?", default="runs/pairwise", help="of weights: the run's folder (default runs/pairwise)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the critics (default 0; weights takes none)")
-    add("--steps", type=int, default=1500, help="that a critic trains for (default 1500)")
-    add("--dim", type=int, default=10, help="D of mutual-information (default 10)")
+    add("run", nargs="?", default="runs/pairwise", help="the run's folder, for weights (default runs/pairwise)")
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds of the critics (default 0); weights takes none")
+    add("--steps", type=int, default=1500, help="training steps of a critic (default 1500)")
+    add("--dim", type=int, default=10, help="dimensions D for mutual-information (default 10)")
     add("--out", type=Path, default=Path("runs/theory"), help="folder of the pictures (default runs/theory)")
     args = flags.parse_args(argv)
     images.ensure(min(args.steps, args.dim) > 0, "--steps and --dim: give 1 or more")

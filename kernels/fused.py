@@ -1,10 +1,10 @@
-"""The log-sum-exp, and the losses made of it, in four Triton kernels; the equations are those of `logsumexp`.
+"""The log-sum-exp, and the losses made of it, in four Triton kernels. Equations are those of `logsumexp`.
 
-A program owns a block of rows and walks over their columns, so a tile of s lives in registers only: nothing of size
-M x K is stored, and nothing is added atomically. Where rows are few, the columns are split over programs, and the parts
-are added in a fixed order; their number depends on the shape alone. Rows too wide for one tile are taken in chunks of
-BD: s is the sum over the chunks, and each chunk of an output has a program of its own. Tensor cores truncate as they
-accumulate, so every tile starts a fresh accumulator, and float32 additions sum the tiles.
+A program owns a block of rows and walks over their columns, so a tile of s lives in registers only. Nothing of size
+M x K is stored, and no addition is atomic. If there are few rows, several programs share a block's columns; their parts
+are added in a fixed order, and the number of parts depends on the shape alone. A row too wide for one tile is cut into
+chunks of width BD: s is the sum over the chunks, and each chunk of an output has its own program. Tensor cores truncate
+as they accumulate, so each tile starts with a fresh accumulator, and ordinary float32 additions sum the tiles.
 """
 
 import itertools
@@ -19,10 +19,11 @@ from . import blocked
 from .blocked import Rows
 
 LN2 = tl.constexpr(blocked.LN2)
-WEIGHT = tl.constexpr(8192)  # the largest weight of a row; an element of W is at most twice that, as float16 can be
-PROGRAMS = 264  # to make when the rows are few: two on each of the 132 processors of an H100
-# What a kernel is compiled for. A tile has BM rows and BN columns; a row has `chunks` of width BD, a number `parts`;
-# pointer: c is in memory; emit: with the total, sum E k too; both: all rows are anchors; the others as in `Layout`.
+WEIGHT = tl.constexpr(8192)  # the largest weight after scaling; an element of W, at most twice as large, fits float16
+PROGRAMS = 264  # the number to aim for if there are few rows: two on each of the 132 multiprocessors of an H100
+# What a kernel is compiled for. A tile has BM rows and BN columns, a row `chunks` chunks of width BD, a number `parts`
+# float16. pointer: c is in memory; total: compute (2), else (4); emit: with (2), also sum E k; meet: the columns are
+# the rows; both: all rows are anchors. The other fields are as in `Layout` and `scaling`.
 How = namedtuple(
     "How", "BM BN BD chunks parts descriptors pointer shift total emit meet pair both cross classes",
     defaults=(0, 0, 0, 1, 1, *(False,) * 10),
@@ -31,7 +32,7 @@ How = namedtuple(
 
 @triton.jit
 def load_rows(Z, i, M, width, how: tl.constexpr, ACC: tl.constexpr):
-    """Rows i of the unit rows Z, (len(i), BD)."""
+    """Load the rows i of the unit rows Z, (len(i), BD)."""
     col = tl.arange(0, how.BD)
     at, inside = Z + i[:, None] * (how.parts * width) + col, (i < M)[:, None] & (col < width)
     z = tl.load(at, mask=inside, other=0.0).to(ACC)
@@ -48,7 +49,7 @@ def unit_rows_kernel(X, strides, starts, Z, Inverse, root, d, width, how: tl.con
             at, inside = X[k] + (r - starts[k]) * strides[2 * k] + col * strides[2 * k + 1], col < d
             x += tl.load(at, mask=(r >= starts[k]) & (r < starts[k + 1]) & inside, other=0.0).to(ACC)
     largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-12)
-    x = x / largest[:, None]  # at most 1: the square of 2e19 overflows
+    x = x / largest[:, None]  # entries of at most 1: the square of 2e19 would overflow
     inverse = 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1.0)
     tl.store(Inverse + i, inverse / largest, mask=i < M)
     z, at, inside = x * (inverse * root)[:, None], Z + r * (how.parts * width) + col, (r < M) & (col < width)  # (6)
@@ -60,22 +61,22 @@ def unit_rows_kernel(X, strides, starts, Z, Inverse, root, d, width, how: tl.con
 
 @triton.jit
 def load_tile(Z, i0, M, d, chunk, B: tl.constexpr, how: tl.constexpr):
-    """B rows from i0 of a chunk of Z, a descriptor or a pointer, and of its low part if there is one; zero outside."""
+    """Load a chunk of B rows of Z from row i0 on: its high part, and its low part if there is one. Zero outside Z."""
     BD: tl.constexpr = how.BD
     if how.descriptors:
         high = Z.load([i0, chunk * BD])
         low = Z.load([i0, (chunk + how.chunks) * BD]) if how.parts == 2 else high
     else:
-        i, c, width = i0 + tl.arange(0, B)[:, None], chunk * BD + tl.arange(0, BD)[None, :], how.parts * d
-        at = Z + i.to(tl.int64) * width + c
-        high = tl.load(at, mask=(i < M) & (c < d), other=0.0)
-        low = tl.load(at + d, mask=(i < M) & (c < d), other=0.0) if how.parts == 2 else high
+        i, col, width = i0 + tl.arange(0, B)[:, None], chunk * BD + tl.arange(0, BD)[None, :], how.parts * d
+        at = Z + i.to(tl.int64) * width + col
+        high = tl.load(at, mask=(i < M) & (col < d), other=0.0)
+        low = tl.load(at + d, mask=(i < M) & (col < d), other=0.0) if how.parts == 2 else high
     return high, low
 
 
 @triton.jit
 def product(x, x_low, y, y_low, how: tl.constexpr, ACC: tl.constexpr):
-    """x y; of two parts each, all but the product of the low ones, which a float32 would round away."""
+    """Return x y. If numbers have two parts, low times low is left out: float32 would round it away."""
     sums = tl.dot(x, y, out_dtype=ACC)
     if how.parts == 2:
         sums = tl.dot(x, y_low, tl.dot(x_low, y, sums, out_dtype=ACC), out_dtype=ACC)
@@ -84,7 +85,7 @@ def product(x, x_low, y, y_low, how: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def walk_kernel(Z, Y, row, col, Top, C, Max, Total, Sums, M, K, d, n, whole, first, per_split, how: tl.constexpr):
-    """Equation 2, or the sum of 4 less that of 5 if there is a b, over a split's columns; row, col: `Rows` less z."""
+    """Over one split's columns, sum (2), or (4), minus (5) if there is a b. row, col: `Rows` without z."""
     RowLabel, RowM, RowA, RowB = row
     ColLabel, ColM, ColA, ColB = col
     BM: tl.constexpr = how.BM
@@ -110,7 +111,7 @@ def walk_kernel(Z, Y, row, col, Top, C, Max, Total, Sums, M, K, d, n, whole, fir
     if how.total:
         m -= 3e38 if how.shift else 0.0  # below every s, and finite
     else:
-        gain = WEIGHT / tl.maximum(tl.load(Top).to(ACC), 1e-30)  # so that W fills the range of float16
+        gain = WEIGHT / tl.maximum(tl.load(Top).to(ACC), 1e-30)  # W then fills the range of float16
         row_a = tl.load(RowA + i, mask=i < M, other=0.0) * gain
         m = tl.load(RowM + i, mask=i < M, other=float("inf")) if how.shift else m
         if RowB is not None:
@@ -128,7 +129,7 @@ def walk_kernel(Z, Y, row, col, Top, C, Max, Total, Sums, M, K, d, n, whole, fir
                 s += product(zc, zc_low, tl.trans(kc), tl.trans(kc_low), how, ACC)  # (1)
         at_own, at_partner = (j0 < own + BM) & (own < j0 + BN), (j0 < partner + BM) & (partner < j0 + BN)
         if (j0 + BN > high) | (how.meet & at_own) | (how.meet & how.pair & at_partner):
-            inside = (j < high)[None, :] & (r < BM)  # a mask in every tile would cost as much as its exponentials
+            inside = (j < high)[None, :] & (r < BM)  # masks in every tile would cost as much as its exponentials
             if how.meet:
                 inside &= j[None, :] - own != r
                 if how.pair:
@@ -147,7 +148,7 @@ def walk_kernel(Z, Y, row, col, Top, C, Max, Total, Sums, M, K, d, n, whole, fir
             total += tl.sum(w, 1)  # (2)
         else:
             col_a = tl.load(ColA + j, mask=j < K, other=0.0) * gain
-            if how.shift:  # two maxima, so two exponentials
+            if how.shift:  # two shifts, so two exponentials
                 col_m = tl.load(ColM + j, mask=j < K, other=float("inf"))
                 w = tl.exp2(s * c - m[:, None]) * row_a[:, None] + tl.exp2(s * c - col_m[None, :]) * col_a[None, :]
             else:
@@ -159,17 +160,17 @@ def walk_kernel(Z, Y, row, col, Top, C, Max, Total, Sums, M, K, d, n, whole, fir
             w_high = w.to(k.dtype)
             sums += product(w_high, (w - w_high.to(ACC)).to(k.dtype), k, k_low, how, ACC)
 
-    at, c, there = split.to(tl.int64) * M + i, chunk * BD + tl.arange(0, BD)[None, :], i < (n if i0 < n else M)
+    at, feature, there = split.to(tl.int64) * M + i, chunk * BD + tl.arange(0, BD)[None, :], i < (n if i0 < n else M)
     if how.total and chunk == 0:
         tl.store(Max + at, m, mask=there)
         tl.store(Total + at, total, mask=there)
     if how.emit or not how.total:
-        tl.store(Sums + at[:, None] * d + c, sums, mask=there[:, None] & (c < d))
+        tl.store(Sums + at[:, None] * d + feature, sums, mask=there[:, None] & (feature < d))
 
 
 @triton.jit
 def finish_kernel(Max, Total, Sums, Pairs, C, Loss, Q, M_, A, Out, M, n, width, splits, how: tl.constexpr):
-    """Add the splits' parts; what `forward` returns."""
+    """Add the splits' parts, and store what `forward` returns."""
     ACC: tl.constexpr = A.dtype.element_ty
     i, col = tl.program_id(0).to(tl.int64) * how.BM + tl.arange(0, how.BM), tl.arange(0, how.BD)[None, :]
     there, inside, partner = i < M, (i < M)[:, None] & (col < width), tl.where(i < n, i + n, i - n)
@@ -183,18 +184,18 @@ def finish_kernel(Max, Total, Sums, Pairs, C, Loss, Q, M_, A, Out, M, n, width, 
         if how.emit:
             out += tl.load(Sums + (part * M + i)[:, None] * width + col, mask=inside, other=0.0) * shrink[:, None]
     loss, q = m * LN2 + tl.log(total), total * 0 + 1
-    if how.pair:  # (3): softplus, and its derivative
+    if how.pair:  # (3): softplus and its derivative
         cosine = load_rows(Pairs, i, M, width, how, ACC) * load_rows(Pairs, partner, 2 * n, width, how, ACC)
         loss -= tl.sum(cosine, 1) * ((tl.load(C).to(ACC) if how.pointer else C) * LN2)
         y = tl.exp(-tl.abs(loss))
         u = 1 + y
         q = tl.where(loss > 0, 1.0, y) / u
-        log_u = tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))  # as if u were not rounded
+        log_u = tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))  # log(1 + y), with y as it was
         loss = tl.maximum(loss, 0.0) + log_u
         tl.store(Q + i, q, mask=there)
     tl.store(Loss + i, loss, mask=there)
     tl.store(M_ + i, m, mask=there)
-    tl.store(A + i, tl.where(total == 0, 0.0, q / total), mask=there)  # without columns, no gradient
+    tl.store(A + i, tl.where(total == 0, 0.0, q / total), mask=there)  # no columns: no gradient
     if how.emit:
         tl.store(Out + i[:, None] * width + col, out / total[:, None], mask=inside)
 
@@ -203,7 +204,7 @@ def finish_kernel(Max, Total, Sums, Pairs, C, Loss, Q, M_, A, Out, M, n, width, 
 def input_gradient_kernel(
     Sums, Z, Pairs, Inverse, W, Top, Unit, C, DX, Along, root, M, n, d, width, splits, how: tl.constexpr
 ):
-    """Add the splits' parts, and the partner; what `backward` returns."""
+    """Add the splits' parts and the partner's term, and store what `backward` returns."""
     ACC: tl.constexpr = Sums.dtype.element_ty
     i, col = tl.program_id(0).to(tl.int64) * how.BM + tl.arange(0, how.BM), tl.arange(0, how.BD)[None, :]
     there, inside, partner = i < M, (i < M)[:, None] & (col < width), tl.where(i < n, i + n, i - n)
@@ -215,39 +216,39 @@ def input_gradient_kernel(
     if how.emit:
         dz *= (w * gain)[:, None]
     if how.pair:
-        if how.both:  # the partner is an anchor too, and meets this row as its positive
+        if how.both:  # the partner, an anchor too, has this row as its positive
             w += tl.load(W + partner, mask=there, other=0.0)
         dz -= load_rows(Pairs, partner, 2 * n, width, how, ACC) * (w * gain)[:, None]
     dz *= tl.load(Unit) * top / WEIGHT * ((tl.load(C).to(ACC) if how.pointer else C) * LN2 * root)
     z, inverse = load_rows(Z, i, M, width, how, ACC) / root, tl.load(Inverse + i, mask=there, other=0.0)
     along = tl.sum(z * dz, 1)
     tl.store(Along + i, along, mask=there)
-    dx = dz - z * tl.where(inverse < 0.9999e12, along, 0.0)[:, None]  # shorter than 1e-12: divided by a constant
+    dx = dz - z * tl.where(inverse < 0.9999e12, along, 0.0)[:, None]  # no such term if |x| counts as 1e-12
     tl.store(DX + i[:, None] * d + col, (dx * inverse[:, None]).to(DX.dtype.element_ty), mask=inside & (col < d))  # (6)
 
 
 def target_of(device):
-    """Name the table of a device: "sm_80", "sm_90" or "small"; the interpreter runs that of sm_90."""
+    """Return the target of `configuration`: "sm_80", "sm_90" or "small". The interpreter takes "sm_90"."""
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
     return name if name in ("sm_80", "sm_90") and not torch.version.hip else "small"
 
 
 def power_of_two(x):
-    return max(16, 1 << (x - 1).bit_length())  # the smallest that is no less than x, nor than 16
+    return max(16, 1 << (x - 1).bit_length())  # the smallest power that is at least x and at least 16
 
 
 def stored(m, d, dtype):
-    """Return shape and dtype of M unit rows: (M, width), one float16 a number (float64 in the interpreter).
+    """Return the shape and dtype of M unit rows as they are stored: usually (M, width), each number one float16.
 
-    For float32 at torch.get_float32_matmul_precision() "highest" it is (M, 2, width): two float16, high + low, whose
-    products err as those of float32. One float16 has the mantissa of tf32, as the other settings allow."""
+    For float32 with torch.get_float32_matmul_precision() "highest" they are (M, 2, width), each number two float16,
+    high + low, so that products are as exact as in float32. Other settings allow tf32, whose mantissa float16 has."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return (m, 2, power_of_two(d) if d <= 512 else -(-d // 512) * 512), torch.float16
     return (m, -(-d // 16) * 16), dtype if dtype == torch.float64 else torch.float16
 
 
 def configuration(product, classes, d, parts, target):
-    """Return BM, BN, BD, warps and stages: what registers and shared memory of the target hold without a spill."""
+    """Return BM, BN, BD, warps and stages that fit the target's registers and shared memory without a spill."""
     bd = power_of_two(d)
     if parts == 2:
         return (64, 64, min(bd, 128), 4, 2) if target == "sm_90" else (64, 32, min(bd, 64), 8 if bd > 64 else 4, 2)
@@ -259,19 +260,19 @@ def configuration(product, classes, d, parts, target):
 
 
 def _scaling(z, scale):
-    """As `blocked.scaling`; c is a tensor, read by way of a pointer, for a scale on the GPU, and in float64."""
+    """As `blocked.scaling`. For a scale on the GPU, or in float64, c is a tensor which kernels read by a pointer."""
     root, c, shift = blocked.scaling(scale)
     return root, torch.tensor(c, dtype=z.dtype) if z.dtype == torch.float64 else c, shift
 
 
 def _walk(rows, cols, top, c, layout, shift, total, emit):
-    """Launch the kernel; return the splits' maxima, totals and sums (splits, M, d)."""
+    """Launch `walk_kernel`; return each split's maxima (splits, M), totals (splits, M) and sums (splits, M, d)."""
     (m, *_, d), k, parts, n = rows.z.shape, len(cols.z), rows.z.ndim - 1, min(layout.n, len(rows.z))
     target, product = target_of(rows.z.device), emit or not total
     bm, bn, bd, warps, stages = configuration(product, rows.label is not None, d, parts, target)
     blocks, met = -(-n // bm) + -(-(m - n) // bm), max(layout.whole, k - layout.whole) if layout.cross else k
     tiles, chunks = -(-met // bn), -(-d // bd)
-    per_split = -(-tiles // max(1, min(PROGRAMS // blocks, tiles // 4)))  # at least four tiles for a program
+    per_split = -(-tiles // max(1, min(PROGRAMS // blocks, tiles // 4)))  # at least four tiles a program
     splits = -(-tiles // per_split)
     how = How(
         bm, bn, bd, chunks, parts, target == "sm_90" and bd <= 256, isinstance(c, torch.Tensor), shift, total, emit,
@@ -290,7 +291,7 @@ def _walk(rows, cols, top, c, layout, shift, total, emit):
 
 
 def _rows(z, c=None, **how):
-    """What a kernel of whole rows is compiled for, and its grid."""
+    """Return `How` and the grid for a kernel that works on whole rows."""
     bd, bm = power_of_two(z.shape[-1]), max(1, 2048 // power_of_two(z.shape[-1]))
     return How(bm, BD=bd, parts=z.ndim - 1, pointer=isinstance(c, torch.Tensor), **how), (-(-len(z) // bm),)
 
@@ -308,15 +309,15 @@ def unit_rows(x1, x2, x3, scale, dtype):
 
 
 def forward(z, label, col_label, cols, anchors, layout, scale, emit, keep):
-    """As `blocked.forward`; no E is kept."""
+    """As `blocked.forward`, but no E is kept."""
     (_, c, shift), width = _scaling(z, scale), z.shape[-1]
     rows, cols = Rows(z[:anchors], label), Rows(z if cols is None else cols, col_label)
-    top, total, sums = _walk(rows, cols, None, c, layout, shift or emit, True, emit)  # in float16 E is at most 1
+    maxima, total, sums = _walk(rows, cols, None, c, layout, shift or emit, True, emit)  # emit: E <= 1 for float16
     shapes = (anchors,), (anchors * layout.pair,), (anchors,), (anchors,), (anchors * emit, width)
-    found = [top.new_empty(shape) for shape in shapes]
+    found = [maxima.new_empty(shape) for shape in shapes]
     how, grid = _rows(rows.z, c, pair=layout.pair, emit=emit)
-    finish_kernel[grid](top, total, sums, z, c, *found, anchors, layout.n, width, len(top), how)
-    return *found, top.new_empty(0)
+    finish_kernel[grid](maxima, total, sums, z, c, *found, anchors, layout.n, width, len(maxima), how)
+    return *found, maxima.new_empty(0)
 
 
 def backward(rows, cols, pairs, w, top, unit, layout, scale, out, kept, inverse, d, dtype):
