@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import time
 from types import SimpleNamespace
 
@@ -30,12 +29,9 @@ from benchmarks import (
     ablations,
     augmentations,
     detection,
-    eigenspaces,
     gpu,
     neural,
-    pipeline,
     probes,
-    scaling,
     simsiam_section5,
     supervised,
     table,
@@ -100,16 +96,6 @@ def test_targets_are_of_the_network_before_k_steps_and_leave_its_statistics(k, s
     assert len(seen) == 48 and not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
-def test_the_moving_average():
-    torch.manual_seed(0)
-    eta = F.normalize(torch.randn(6, 4), dim=1)
-    start, index, (a, b) = eta.clone(), torch.tensor([4, 1]), torch.randn(2, 2, 4)
-    one, two = simsiam_section5.moving_average(eta, index, a.requires_grad_(), b)
-    assert torch.allclose(one, 0.8 * start[index] + 0.2 * F.normalize(a, dim=1)) and not one.requires_grad
-    assert torch.allclose(two, 0.8 * start[index] + 0.2 * F.normalize(b, dim=1))
-    assert torch.allclose(eta[index], (one + two) / 2) and torch.equal(eta[[0, 2, 3, 5]], start[[0, 2, 3, 5]])
-
-
 @pytest.mark.parametrize("row", ["average", pytest.param("twice the pairs", marks=pytest.mark.slow)])
 def test_rows_of_simsiam_section5_over_two_seeds(row, few, tmp_path):
     argv = ["--rows", row, "--seeds", "0", "1", "--out", str(tmp_path), *few]
@@ -166,33 +152,6 @@ def test_supervised_trains_and_is_judged(row, few, tmp_path, monkeypatch):
     assert set(state["parts"]) == {"model", "classifier", "optimizer"}
 
 
-def test_cosines_are_1_where_the_eigenspaces_are_one():
-    torch.manual_seed(0)
-    vectors = torch.linalg.qr(torch.randn(6, 6).double())[0]
-    of_f, of_w = torch.tensor([5.0, 3, 2, 1, 0.5, 0.1]).double(), torch.tensor([0.2, 2, 1, -1, 3, 1]).double()
-    f, w = (vectors @ torch.diag(values) @ vectors.T for values in (of_f, of_w))
-    found, values = eigenspaces.cosines(f, w @ f)
-    assert torch.allclose(values, of_f) and torch.allclose(found, of_w.sign())
-    assert eigenspaces.aligned(found, values) == (pytest.approx(0.6), 5)  # the five largest hold 99% of 11.6
-    w = torch.randn(6, 6).double()
-    moved = w @ vectors
-    expected = [F.cosine_similarity(v, m, dim=0) for v, m in zip(vectors.T, moved.T, strict=True)]
-    assert torch.allclose(eigenspaces.cosines(f, w @ f)[0], torch.stack(expected))
-
-
-@pytest.mark.parametrize("method, predictor", [("byol", "linear"), ("simsiam", "own")])
-def test_eigenspaces_are_of_what_the_predictor_makes_of_its_input(method, predictor, few, tmp_path, monkeypatch):
-    seen, cosines = [], eigenspaces.cosines
-    monkeypatch.setattr(eigenspaces, "cosines", lambda f, c: seen.append((f, c)) or cosines(f, c))
-    flags = ["--methods", method, "--predictors", predictor, "--seeds", "3", "--out", str(tmp_path), *few]
-    text = eigenspaces.main(flags)
-    assert text.count(f"| {method} | {predictor} |") == 5 and len(seen) == 5
-    f, cross = seen[-1]
-    assert f.shape == (256, 256) and torch.allclose(f, f.T, atol=1e-4) and not torch.allclose(cross, cross.T, atol=1e-4)
-    with pytest.raises(common.InputError, match="--predictor"):
-        eigenspaces.main([*flags, "--no-predictor" if method == "byol" else "--predictor=none"])
-
-
 def test_the_gaussians_have_the_information_and_the_ratio_that_is_said():
     torch.manual_seed(0)
     rho = theory.rho_of(3.0, 4)
@@ -219,7 +178,7 @@ def test_the_estimate_is_the_published_one_and_below_the_truth(monkeypatch):
     assert theory.estimate(lambda x, y: torch.zeros(1024 // 4, 4, 4), 10, rho, 4) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_theory_prints_its_tables_and_pictures(few, tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "HELD_OUT", 2048)
     flags = ["--steps", "40", "--out", str(tmp_path)]
@@ -350,28 +309,6 @@ def test_boxes_are_tight_around_the_shapes_and_apart():
         assert seen.sum() <= 2
 
 
-def test_detection_starts_both_alike_except_for_the_backbone(tmp_path, monkeypatch):
-    """A run of two steps, as the command line starts it."""
-    state, started, train = common.resnet8().state_dict(), [], detection.train
-    torch.save(state, tmp_path / "backbone.pt")
-
-    def spy(model, *rest):
-        started.append(({name: value.clone() for name, value in model.state_dict().items()}, *rest))
-        train(model, *rest)
-
-    for name, value in (("train", spy), ("HELD_OUT", 4), ("BATCH", 3)):
-        monkeypatch.setattr(detection, name, value)
-    flags = ["--images", "4", "--steps", "2", "--seeds", "3"]
-    lines = detection.main(["--init", str(tmp_path / "backbone.pt"), *flags]).split("\n")
-    assert len(lines) == 3 and lines[2].startswith("| 4 | 0.") and lines[0].endswith("| AP50 from random weights |")
-    (ours, *given), (random, *same) = started
-    assert equal(given, same) and given[2:] == [3, 2, 0.001]
-    for name, value in ours.items():
-        inside = name.removeprefix("backbone.body.")
-        assert torch.equal(value, state[inside] if inside != name else random[name]), name
-    assert not torch.equal(ours["backbone.body.conv1.weight"], random["backbone.body.conv1.weight"])
-
-
 def test_an_experiment_refuses_flags_it_would_not_follow():
     for flag in (["--amp", "bf16"], ["--seed", "3"], ["--no-symmetric"], ["--bogus", "1"]):
         with pytest.raises(common.InputError, match=flag[0].replace("no-", "")):
@@ -397,32 +334,6 @@ def test_a_row_of_the_ablations_is_measured(few, tmp_path):
     assert 0 < found["std"] <= 1.01 and 0 < found["cos2"] <= 1 and found["rank"] > 1
     line = ablations.cells([found | {"kNN": 0.5, "seconds": 2.0}, found | {"kNN": 0.7, "seconds": 4.0}])
     assert line[0] == "0.600 (0.500 to 0.700)" and line[-1] == "3 (2 to 4)" and " " not in "".join(line[1:-1])
-
-
-@pytest.mark.slowest
-def test_ablations_run_tables_in_processes_and_tell_which_failed(few, tmp_path, capsys):
-    flags = ["byol.collapse", "--out", str(tmp_path / "runs"), "--jobs", "2", "--threads", "1", "--more"]
-    ablations.main([*flags, " ".join(few)])
-    said = capsys.readouterr().out
-    assert "| flags | kNN | kNN of g(h) | loss | std | rank | cos2 | seconds |" in said and "| default | " in said
-    assert (tmp_path / "runs" / "byol.collapse.png").exists()
-    with pytest.raises(common.RunFailure, match="these failed: python byol.py"):
-        ablations.main([*flags, "--data /nowhere"])
-    assert "failed: --data /nowhere: no such folder" in capsys.readouterr().out
-
-
-@pytest.mark.slowest
-def test_scaling_measures_the_losses_and_a_step():
-    found = scaling.in_processes(scaling.measure_loss, 2, 64, 16)
-    (ours, _), (theirs, _) = found["ours"], found["all-gather with gradient"]
-    assert 128 * 16 * 4 < ours < theirs  # z of the other process, at least
-    assert scaling.in_processes(scaling.measure_method, 2, "simclr")["simclr"] > 1.4e6  # a gradient of 0.36 M weights
-    assert scaling.counts()[:2] == ["28.0", "55"]
-
-
-def test_pipeline_compares_both(capsys):
-    pipeline.loop("resnet8", 16, 2, 1, "cpu")
-    assert re.search(r"\| train \| [\d,]+ \| 1 \|\n\| bare network \| ", capsys.readouterr().out)
 
 
 def test_consistency_is_one_for_what_a_linear_map_leads_to():
@@ -451,34 +362,10 @@ def test_neural_table(tmp_path, monkeypatch):
         neural.main([*small, "--mode", "time"])
 
 
-def test_neural_beside_a_package(tmp_path, monkeypatch):
-    """A stand-in for the package, on the path of the process of its own: it must get the arrays, flags and steps."""
-    monkeypatch.setattr(recordings, "make_track", lambda: make_track(seconds=15, neurons=8))
-    small = ["--epochs", "2", "--batch-size", "64", "--out", str(tmp_path / "runs"), "--peer", "--rows", "behavior"]
-    code = """
-        import numpy as np
-        __version__ = "0.0"
-        class CEBRA:
-            def __init__(self, **given):
-                assert given["max_iterations"] == 14 and given["conditional"] == "time_delta", given
-                assert given["time_offsets"] == 10 and given["batch_size"] == 64 and given["device"] == "cpu"
-            def fit(self, spikes, behavior, labels):
-                assert spikes.shape == (480, 8) and behavior.shape == (480, 1) and labels.shape == (480,)
-            def transform(self, spikes):
-                return spikes[:, :3]
-    """
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "cebra.py").write_text(textwrap.dedent(code))
-    path, run = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n", subprocess.run
-    monkeypatch.setattr(neural.subprocess, "run", lambda c, **given: run([*c[:3], path + c[3], *c[4:]], **given))
-    lines = neural.main(small).splitlines()
-    assert lines[3].startswith("| behavior, cebra 0.0 |") and len(lines) == 4
-
-
 # --------------------------------------------------------------------------------------------------------------- gpu
 
 
-@pytest.mark.slow
+@pytest.mark.slowest
 def test_a_row_that_fails_hangs_or_ends_its_process_costs_that_row_alone(tmp_path):
     split, out = functools.partial(str.split, "one two"), tmp_path / "gpu.md"
     rows = [split, functools.partial(int, "x"), split, functools.partial(time.sleep, 60), split]

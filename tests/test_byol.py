@@ -116,11 +116,9 @@ def by_hand(model, v1, v2, symmetric):
     return one + (unit(q2) - unit(t1)).square().sum(1).mean() if symmetric else one
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"symmetric": False}, {"predictor": False}, {"momentum": 0.0}, {"momentum": 1.0}],
-    ids=lambda f: "-".join(f"{k}-{v}" for k, v in f.items()) or "default",
-)
+@pytest.mark.parametrize("flags", [
+    {}, {"symmetric": False}, {"predictor": False}, {"momentum": 0.0}, {"momentum": 1.0},
+], ids=lambda f: "-".join(f"{k}-{v}" for k, v in f.items()) or "default")  # fmt: skip
 def test_a_step_is_sgd_on_equation_2_then_the_moving_average(flags, tmp_path, monkeypatch):
     """With the learning rate scaled by N/256, no weight decay on BN and biases, and the target after theta's step."""
     given = SMALL | {"momentum": 0.5, "lr": 0.4, "optimizer": "sgd"} | flags
@@ -264,15 +262,11 @@ def test_the_schedule_and_the_crops(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize(
-    "flags, target",
-    [
-        ({"amp": "bf16", "blur_1": 1.0, "solarize_2": 0.2}, "a moving average, tau from 0.9"),
-        ({"optimizer": "lars", "symmetric": False, "momentum": 0.0}, "the online network itself"),
-        ({"predictor": False, "momentum": 1.0}, "fixed at its first weights"),
-    ],
-    ids=lambda f: "-".join(map(str, f.values())) if isinstance(f, dict) else "",
-)
+@pytest.mark.parametrize("flags, target", [
+    ({"amp": "bf16", "blur_1": 1.0, "solarize_2": 0.2}, "a moving average, tau from 0.9"),
+    ({"optimizer": "lars", "symmetric": False, "momentum": 0.0}, "the online network itself"),
+    ({"predictor": False, "momentum": 1.0}, "fixed at its first weights"),
+], ids=lambda f: "-".join(map(str, f.values())) if isinstance(f, dict) else "")  # fmt: skip
 def test_options_run_and_load_back(flags, target, tmp_path, capsys):
     assert math.isfinite(train(byol, tmp_path, **SMALL | flags)["loss"])
     out = capsys.readouterr().out

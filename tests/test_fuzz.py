@@ -67,7 +67,7 @@ STRINGS = {  # what a flag of words may be given
 TOO_LONG = {"epochs", "compile", "out", "resume", "data_dir", "backbone"}  # epochs: base; a compilation takes a minute
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_flags_at_random(part, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng, statuses = random.Random(1000 * SEED + part), []

@@ -398,16 +398,11 @@ def test_the_views_are_those_of_their_version(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"augmentation": "v1", "schedule": "steps", "projection_head": "mlp"},
-        {"mechanism": "end-to-end"},
-        {"mechanism": "memory-bank", "amp": "bf16"},
-        {"queue_size": 50, "loss_backend": "blocked", "amp": "bf16", "blur": 0.5},
-    ],
-    ids=lambda f: "-".join(map(str, f.values())),
-)
+@pytest.mark.parametrize("flags", [
+    {"augmentation": "v1", "schedule": "steps", "projection_head": "mlp"}, {"mechanism": "end-to-end"},
+    {"mechanism": "memory-bank", "amp": "bf16"},
+    {"queue_size": 50, "loss_backend": "blocked", "amp": "bf16", "blur": 0.5},
+], ids=lambda f: "-".join(map(str, f.values())))  # fmt: skip
 def test_options_run_and_load_back(flags, tmp_path):
     metrics = train(moco, tmp_path, **SMALL | flags)
     assert math.isfinite(metrics["loss"])
@@ -451,17 +446,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(mechanism, tmp_path, monkeypatch
         assert saved(tmp_path / "cut", "bank")["vectors"].shape == (200, 16)
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--queue-size", 300], "--queue-size 300: give at most 200"),
-        (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give --batch-size % --bn-splits == 0"),
-        (["--micro-batch-size", 2], "--bn-splits 2: give 2 * --bn-splits <= 2"),
-        (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a bank has one vector for an image"),
-        (["--mechanism", "memory-bank", "--batch-size", 200], "--batch-size 200: give less than 200"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
+@pytest.mark.parametrize("flags, words", [
+    (["--queue-size", 300], "--queue-size 300: give at most 200"),
+    (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give --batch-size % --bn-splits == 0"),
+    (["--micro-batch-size", 2], "--bn-splits 2: give 2 * --bn-splits <= 2"),
+    (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a bank has one vector for an image"),
+    (["--mechanism", "memory-bank", "--batch-size", 200], "--batch-size 200: give less than 200"),
+], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_what_cannot_work_is_one_line(flags, words, tmp_path, capsys):
     assert words in refusal(moco, ["--batch-size", 64, *flags], tmp_path, capsys)
 

@@ -209,15 +209,11 @@ def test_the_schedule(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- a run
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"loss": "infonce", "temperature": 0.4, "epsilon": 0.0},
-        {"loss": "triplet", "margin": 0.3, "negatives": "other-class"},
-        {"loss": "margin", "normalize": False, "margin": 2.0},
-    ],
-    ids=lambda given: given["loss"],
-)
+@pytest.mark.parametrize("given", [
+    {"loss": "infonce", "temperature": 0.4, "epsilon": 0.0},
+    {"loss": "triplet", "margin": 0.3, "negatives": "other-class"},
+    {"loss": "margin", "normalize": False, "margin": 2.0},
+], ids=lambda given: given["loss"])  # fmt: skip
 def test_a_step_is_the_optimisers_on_the_loss(given, tmp_path, monkeypatch):
     """With SGD in Adam's place, to see the gradient."""
     sgd = lambda groups, lr: torch.optim.SGD(groups, lr=lr)  # noqa: E731

@@ -2,15 +2,10 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision.transforms import functional as TF
 
 import common
 import images
@@ -22,18 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def settings(*words):
     return results.parser().parse_args(["--data", "cifar10", *words])
-
-
-@pytest.fixture(scope="module")
-def split_photos(tmp_path_factory):
-    """600 pictures in train/, 100 in test/."""
-    root = tmp_path_factory.mktemp("split")
-    for part, count, seed in (("train", 600, 0), ("test", 100, 1)):
-        for i, (picture, label) in enumerate(zip(*images.make_shapes(count, seed, 32), strict=True)):
-            path = root / part / str(label.item()) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            TF.to_pil_image(picture).save(path)
-    return root
 
 
 def test_a_tenth_to_train_on_and_another_to_judge_by():
@@ -97,61 +80,11 @@ def test_the_rate_is_the_best_of_the_short_runs_and_what_is_done_is_not_made_aga
     assert len(commands.split("\n")) == 2 and "python simclr.py --preset cifar --data shapes " in commands
 
 
-@pytest.mark.parametrize(
-    "words, refused",
-    [
-        ("--lr 1", "--lr: not for this experiment"),
-        ("--seed=1", "--seed: not for this experiment"),
-        ("--jobs 0", "give more than 0"),
-        ("--seeds 0 -1", "--seed -1: give a whole number"),
-    ],
-)
+@pytest.mark.parametrize("words, refused", [
+    ("--lr 1", "--lr: not for this experiment"), ("--seed=1", "--seed: not for this experiment"),
+    ("--jobs 0", "give more than 0"), ("--seeds 0 -1", "--seed -1: give a whole number"),
+])  # fmt: skip
 def test_what_no_table_can_have_is_refused_before_any_run(words, refused, tmp_path):
     with pytest.raises(images.InputError, match=re.escape(refused)):
         results.main(["--data", "cifar10", "--rows", "untrained", "--out", str(tmp_path / "out"), *words.split()])
     assert not (tmp_path / "out").exists()
-
-
-def test_another_protocol_in_the_same_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "run_all", lambda jobs, args, words: [])
-    given = ["--data", "cifar10", "--rows", "untrained", "--out", str(tmp_path)]
-    results.main(given)
-    results.main([*given, "--jobs", "2"])
-    for change in ("--epochs 3", "--seeds 1", "--amp bf16"):
-        with pytest.raises(images.InputError, match="of another protocol"):
-            results.main([*given, *change.split()])
-
-
-def script(*words, **given):
-    command = [sys.executable, "benchmarks/results.py", *map(str, words), "--batch-size", "32", "--threads", "1"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **given)
-
-
-@pytest.mark.slowest
-def test_quick_makes_the_rows_and_names_those_that_fail(split_photos, tmp_path):
-    rows = ["SimCLR", "MoCo v2", "cross-entropy", "untrained"]  # MoCo's queue needs more than 60 images
-    child = script("--quick", "--data", split_photos, "--out", tmp_path, "--jobs", "2", "--rows", *rows)
-    said = child.communicate()[0]
-    assert child.returncode == 1 and "MoCo v2, seed 0: exit status 2: error: --queue-size 4096" in said, said
-    setting, made, quick = (tmp_path / "results.md").read_text().strip().split("\n\n")
-    assert "1 threads" in setting and "nothing to compare with" in quick
-    assert [line.split("|")[1].strip() for line in made.split("\n")[2:]] == ["SimCLR", "cross-entropy", "untrained"]
-    for line in made.split("\n")[2:]:
-        assert re.match(r"\| [\w -]+ \| [\d.e-]* \| 0\.\d{3} \| 0\.\d{3} \| ", line), line
-
-
-@pytest.mark.slowest
-def test_a_stopped_table_goes_on(split_photos, tmp_path):
-    words = ["--data", split_photos, "--out", tmp_path, "--rows", "SimCLR", "--rates", 1, "--epochs", 8, "--seeds", 0]
-    child, log, began = script(*words), tmp_path / "SimCLR/seed-0/log.csv", time.monotonic()
-    while not (log.exists() and len(log.read_text().split()) > 2) and time.monotonic() - began < 300:
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    said = child.communicate()[0]
-    assert child.returncode == 143 and "the same command goes on" in said, said
-    before = log.read_text().split()
-    assert 2 < len(before) < 9 and not (tmp_path / "SimCLR/seed-0/result.json").exists()
-    child = script(*words)
-    said = child.communicate()[0]
-    assert child.returncode == 0 and "SimCLR, seed 0: done" in said, said
-    assert log.read_text().split()[: len(before)] == before

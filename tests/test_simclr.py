@@ -199,16 +199,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     assert not equal(saved(tmp_path / "a"), saved(tmp_path / "c"))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"amp": "bf16", "blur": 0.5},
-        {"optimizer": "lars", "loss_backend": "blocked", "amp": "bf16"},
-        {"projection_head": "none"},
-        {"projection_head": "linear", "image_size": 40},
-    ],
-    ids=lambda f: "-".join(f),
-)
+@pytest.mark.parametrize("flags", [
+    {"amp": "bf16", "blur": 0.5}, {"optimizer": "lars", "loss_backend": "blocked", "amp": "bf16"},
+    {"projection_head": "none"}, {"projection_head": "linear", "image_size": 40},
+], ids=lambda f: "-".join(f))  # fmt: skip
 def test_options_run(flags, tmp_path):
     assert math.isfinite(train(simclr, tmp_path, **TINY | flags)["loss"])
 

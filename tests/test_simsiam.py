@@ -212,17 +212,10 @@ def test_the_views_are_moco_v2s(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"amp": "bf16", "blur": 0.5},
-        {"head_bn": "none", "similarity": "cross-entropy"},
-        {"head_bn": "all", "symmetric": False},
-        {"predictor": "fixed"},
-        {"predictor": "none"},
-    ],
-    ids=lambda f: "-".join(map(str, f.values())),
-)
+@pytest.mark.parametrize("flags", [
+    {"amp": "bf16", "blur": 0.5}, {"head_bn": "none", "similarity": "cross-entropy"},
+    {"head_bn": "all", "symmetric": False}, {"predictor": "fixed"}, {"predictor": "none"},
+], ids=lambda f: "-".join(map(str, f.values())))  # fmt: skip
 def test_options_run_and_load_back(flags, tmp_path):
     assert math.isfinite(train(simsiam, tmp_path, **SMALL | flags)["loss"])
     c, model = common.load_run(tmp_path)
