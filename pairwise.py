@@ -10,8 +10,7 @@ another image:
     L = mean over i of phi( sum over j of psi( d_i+ - d_ij- ) )       phi, psi increasing
 
 Its gradient is that of mean over i of sum over j of alpha_ij (d_i+ - d_ij-), where the weights alpha_ij = phi'(...)
-psi'(...) are held fixed: a loss says how much each negative counts. For unit vectors d_i+ - d_ij- is between -2 and 2.
-For other vectors it has no bound, and --no-normalize shows what becomes of a loss whose pull on d_ij- does not end.
+psi'(...) are held fixed: a loss says how much each negative counts. A run draws these weights in family.png.
 
     --loss            phi(x)                 psi(x)                    paper
     infonce           tau log(epsilon + x)   exp(x / tau)              van den Oord et al. 2018
@@ -40,9 +39,11 @@ The demo ends at a kNN of 0.729 to 0.780, with --loss linear of 0.397 to 0.442; 
 an EPYC with AVX2).
 """
 
+import importlib.util
 import inspect
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -70,11 +71,8 @@ def distances(z1: Tensor, z2: Tensor, labels: Tensor | None = None, unit: bool =
     return d_pos[anchors], d.masked_fill(~negative, math.inf)[anchors]
 
 
-# Each loss is a mean over the M anchors. d_neg may hold fewer or other negatives than those of `distances`.
-
-
 def mean(each: Tensor, d_neg: Tensor | None = None) -> Tensor:
-    """Over the anchors. Where `each` is (M, n), a value for each of d_neg, first over an anchor's negatives."""
+    """Over the anchors, as every loss is. Where `each` is (M, n), like d_neg, first over an anchor's negatives."""
     each = each if d_neg is None else each.sum(1) / d_neg.isfinite().sum(1)
     return each.sum() / max(1, len(each))
 
@@ -88,16 +86,6 @@ def log_sum(x: Tensor, epsilon: float = 0.0) -> Tensor:
 def info_nce(d_pos: Tensor, d_neg: Tensor, temperature: float = 0.1, epsilon: float = 1.0) -> Tensor:
     """tau log(epsilon + sum of exp((d+ - d-) / tau)); epsilon 1: tau times the cross-entropy of SimCLR and MoCo."""
     return temperature * mean(log_sum((d_pos - d_neg) / temperature, epsilon))
-
-
-def triplet(d_pos: Tensor, d_neg: Tensor, margin: float = 1.0) -> Tensor:
-    """Sum over all negatives of max(d+ - d- + m, 0): FaceNet's loss, whose distance is 2 d."""
-    return mean((d_pos - d_neg + margin).clamp(min=0).sum(1))
-
-
-def n_pair(d_pos: Tensor, d_neg: Tensor) -> Tensor:
-    """log(1 + sum of exp(d+ - d-)): the (N+1)-tuplet loss, for unit vectors."""
-    return mean(log_sum(d_pos - d_neg, 1.0))
 
 
 def pair_loss(d_pos: Tensor, d_neg: Tensor, margin: float = 1.0) -> Tensor:
@@ -117,11 +105,11 @@ def nce(d_pos: Tensor, d_neg: Tensor, temperature: float = 0.1) -> Tensor:
 LOSSES = {  # the table above; the arguments after d_neg are flags
     "infonce": info_nce,
     "mine": lambda d_pos, d_neg: mean(log_sum(d_pos - d_neg)),
-    "triplet": triplet,
+    "triplet": lambda d_pos, d_neg, margin: mean((d_pos - d_neg + margin).clamp(min=0).sum(1)),
     "soft-triplet": lambda d_pos, d_neg, temperature, margin: info_nce(
         d_pos + temperature * margin, d_neg, temperature
     ),
-    "n-pair": n_pair,
+    "n-pair": lambda d_pos, d_neg: mean(log_sum(d_pos - d_neg, 1.0)),
     "lifted": lambda d_pos, d_neg, margin: mean(log_sum(d_pos - d_neg + margin).clamp(min=0).square()),
     "sigmoid-triplet": lambda d_pos, d_neg, slope: mean((slope * (d_pos - d_neg)).sigmoid().sum(1)),
     "linear": lambda d_pos, d_neg: mean((d_pos - d_neg).masked_fill(d_neg.isinf(), 0).sum(1)),
@@ -130,7 +118,6 @@ LOSSES = {  # the table above; the arguments after d_neg are flags
     "nce": nce,
 }
 CONSTANTS = {name: list(inspect.signature(loss).parameters)[2:] for name, loss in LOSSES.items()}
-ALL_CONSTANTS = ("temperature", "epsilon", "margin", "slope")
 
 CIFAR = dict(data="cifar10", image_size=32, backbone="resnet18", stem="cifar", temperature=0.5)
 PHOTOS = dict(  # ours: for your own pictures, from some hundred on
@@ -165,7 +152,7 @@ class Config(RunConfig):
         super().check()
         self.need("batch_size > 1", "lr > 0", "temperature > 0", "projection_dim > 0", "0 < crop_min_scale <= 1")
         self.need("jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
-        for name in ALL_CONSTANTS:
+        for name in ("temperature", "epsilon", "margin", "slope"):
             recipes = {preset.get(name, getattr(Config, name)) for preset in self.PRESETS.values()}
             used = name in CONSTANTS[self.loss] or getattr(self, name) in recipes  # a preset's value was not asked for
             ensure(used, f"{common.dashed(name)}: --loss {self.loss} does not use it; leave it out")
@@ -213,8 +200,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     optimizer = torch.optim.Adam(common.parameter_groups(model, config.weight_decay), lr=config.lr)
     softmax = config.loss == "infonce" and config.epsilon == 1 and config.negatives == "batch"
     guess = config.temperature * math.log(2 * config.batch_size - 1) if softmax else 0
-    note = ", ".join([config.loss, *(f"{name} {value:g}" for name, value in constants.items())])
-    note += f"; negatives: {config.negatives}"
+    note = ", ".join([config.loss, *(f"{k} {v:g}" for k, v in constants.items()), f"negatives {config.negatives}"])
     network = run.begin(model, optimizer=optimizer, guess=guess, note=note)
 
     for index, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):
@@ -229,7 +215,24 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         run.log(loss, z1, x1, x2)
-    return run.finish()
+    found = run.finish()
+    if run.rank == 0 and importlib.util.find_spec("matplotlib"):
+        draw_family(config, Path(found["out"], "family.png"))
+    return found
+
+
+def draw_family(config: Config, path: Path) -> None:
+    """The push -dL/dd_ij- of each loss on 200 negatives of one anchor, over its mean, against d_ij-. d_i+ is 0.5."""
+    axes = importlib.import_module("matplotlib.figure").Figure(layout="constrained").add_subplot(yscale="log")
+    d_pos, d_neg = torch.full((1, 1), 0.5), torch.linspace(0, 2, 200)[None].requires_grad_()  # (1, 1), (1, 200)
+    for i, (name, loss) in enumerate(LOSSES.items()):
+        value = loss(d_pos, d_neg, **{constant: getattr(config, constant) for constant in CONSTANTS[name]})
+        (gradient,) = torch.autograd.grad(value, d_neg)
+        weight, style = (gradient / gradient.mean())[0].tolist(), dict(linestyle="-" if i < 6 else "--", label=name)
+        axes.plot(d_neg[0].tolist(), weight, linewidth=5 - 0.4 * i, **style)  # thinner and thinner: some coincide
+    axes.set(xlabel="d- (d+ = 0.5)", ylabel="weight of a negative, over the mean", ylim=(0.01, 100))
+    axes.figure.legend(loc="outside right")
+    axes.figure.savefig(path)
 
 
 if __name__ == "__main__":

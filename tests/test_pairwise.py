@@ -237,6 +237,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert whole["loss"] == resumed["loss"]
 
 
+def test_the_picture_of_the_family(tmp_path):
+    pytest.importorskip("matplotlib")
+    pairwise.draw_family(pairwise.Config.preset("demo"), tmp_path / "family.png")
+    assert (tmp_path / "family.png").stat().st_size > 10_000
+
+
 def test_other_classes_need_labels(tmp_path, monkeypatch):
     x = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     given = {"negatives": "other-class", "image_size": 16, "batch_size": 36}
