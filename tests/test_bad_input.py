@@ -40,26 +40,18 @@ def outcome(capsys, *argv, method=simclr, data=None):
 
 REFUSED = """
 simclr    --epoch 3                                           unrecognized arguments: --epoch 3; --help lists
-simclr    --zzz                                               unrecognized arguments: --zzz
 simclr    --temperatur 0.3                                    unrecognized arguments: --temperatur 0.3
 simclr    --compile on                                        unrecognized arguments: on
 simclr    --epochs                                            argument --epochs: expected one argument
-simclr    --epochs many                                       argument --epochs: invalid int value: 'many'
 simclr    --epochs 1.5                                        argument --epochs: invalid int value: '1.5'
 simclr    --epochs -1                                         --epochs -1: give a whole number, 0 or more
 simclr    --epochs 1 --warmup-epochs 2                        --warmup-epochs 2.0: give --warmup-epochs <= --epochs
 simclr    --temperature 0                                     --temperature 0.0: give --temperature > 0
-simclr    --temperature nan                                   --temperature nan: give a number, 0 or more
-simclr    --lr -0.1                                           --lr -0.1: give a number, 0 or more
-simclr    --lr inf                                            --lr inf: give a number, 0 or more
 simclr    --lr 0                                              --lr 0.0: give --lr > 0
-simclr    --save-minutes -1                                   --save-minutes -1.0: give a number, 0 or more
 simclr    --crop-min-scale 1.5                                --crop-min-scale 1.5: give 0 < --crop-min-scale <= 1
 simclr    --crop-min-scale 0                                  --crop-min-scale 0.0: give 0 < --crop-min-scale <= 1
 simclr    --blur 2                                            --blur 2.0: give --blur <= 1
 simclr    --jitter-strength 9                                 --jitter-strength 9.0: give --jitter-strength <= 2.5
-simclr    --workers -1                                        --workers -1: give a whole number, 0 or more
-simclr    --seed -1                                           --seed -1: give a whole number, 0 or more
 simclr    --batch-size 0                                      --batch-size 0: give --batch-size > 0
 simclr    --batch-size 1                                      --batch-size 1: give --batch-size > 1
 simclr    --batch-size 201                                    --batch-size 201: there are 200 training images; give
@@ -76,7 +68,6 @@ simclr    --loss-backend triton                               --loss-backend tri
 simclr    --device gpu                                        --device gpu
 simclr    --device meta                                       --device meta
 simclr    --device cuda:77                                    --device cuda:77
-simclr    --device mps:x                                      --device mps:x
 simclr    --out /dev/null/run                                 --out /dev/null/run: Not a directory
 moco      --momentum 1.5                                      --momentum 1.5: give --momentum <= 1
 moco      --queue-size 0                                      --queue-size 0: give --queue-size > 0
@@ -130,12 +121,8 @@ def test_every_number_of_every_method_is_finite_and_at_least_0(method):
 
 def test_numbers_of_numpy_and_whole_numbers_for_others_are_taken():
     c = simclr.Config(lr=1, epochs=np.int64(20), temperature=np.float32(0.5), batch_size=64.0)
-    assert [type(getattr(c, name)) for name in ("lr", "epochs", "temperature", "batch_size")] == [
-        float,
-        int,
-        float,
-        int,
-    ]
+    kinds = [type(value) for value in (c.lr, c.epochs, c.temperature, c.batch_size)]
+    assert kinds == [float, int, float, int]
     with pytest.raises(common.InputError, match="--preset nice: give one of paper, cifar, demo, photos"):
         simclr.Config.preset("nice")
 

@@ -33,6 +33,7 @@ from benchmarks import (
     neural,
     probes,
     simsiam_section5,
+    small_sets,
     supervised,
     table,
     theory,
@@ -360,6 +361,18 @@ def test_neural_table(tmp_path, monkeypatch):
             assert file["z"].shape == (600, 3)
     with pytest.raises(images.InputError, match="--mode: not for this experiment"):
         neural.main([*small, "--mode", "time"])
+
+
+@pytest.mark.slow
+def test_small_sets(tmp_path):
+    """The third run is the first one's backbone as it is."""
+    flags = ["--data", "shapes", "--sizes", "130", "--steps", "1", "--image-size", "16"]
+    lines = small_sets.main([*flags, "--out", str(tmp_path / "small")]).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    whats = ["from scratch", "the rest's backbone as it is", "from the rest's backbone", "raw pixels"]
+    rows, expected = [row[:2] for row in rows], [["5,000", whats[0]], ["5,000", whats[3]]]
+    assert rows == expected + [["130", what] for what in whats]
+    assert equal(*(torch.load(tmp_path / name / "backbone.pt") for name in ("small", "small-3")))
 
 
 # --------------------------------------------------------------------------------------------------------------- gpu
