@@ -29,7 +29,7 @@ Only f is kept: its output y, which the other files call h, is the representatio
 
 The demo ends at a kNN accuracy of 0.838 to 0.924; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in two points. We resize crops bilinearly; the authors resize them
+This file differs from the authors' code mainly in two points. We resize crops bilinearly; the authors resize them
 bicubically (appendix B). Our colour jitter is torchvision's, which multiplies by factors. The authors' jitter adds to
 the brightness, changes the contrast channel by channel, and changes the saturation in HSV.
 """
@@ -51,7 +51,7 @@ CIFAR = dict(  # ours, since the paper does not pretrain on CIFAR-10: the paper'
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", epochs=800, batch_size=256,
     optimizer="sgd", lr=0.1, weight_decay=5e-4, momentum=0.99, hidden_dim=2048, blur_1=0.0, blur_2=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, some hundred or more
+PHOTOS = dict(  # ours: for your own pictures, hundreds or more
     image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.2, weight_decay=1e-4,
     warmup_epochs=0.0, momentum=0.99, hidden_dim=1024,
 )  # fmt: skip
@@ -93,7 +93,7 @@ class Config(RunConfig):
     lr: float = 0.2  # learning rate, which the run multiplies by --batch-size / 256 (section 3.2)
     weight_decay: float = 1.5e-6  # weight decay, except on BN and biases (section 3.2)
     warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (section 3.2)
-    out: str = "runs/byol"  # folder of the run's files
+    out: str = "runs/byol"  # folder of the run; if it holds a run, a new one beside it, such as runs/byol-2
 
     def check(self) -> None:
         super().check()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import images
 from images import Data, Images, InputError, ensure, explain, seed_of
 
-kernels = importlib.import_module("kernels") if Path(__file__).with_name("kernels").is_dir() else None  # not PyPI's
+kernels = importlib.import_module("kernels") if Path(__file__).with_name("kernels").is_dir() else None  # ours only
 COLUMNS = ("epoch", "loss", "lr", "feature_std", "effective_rank", "knn_top1", "images_per_second")  # of log.csv
 pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())  # a picture as 32 x 32 pixels, which h has to beat
 
@@ -57,7 +57,7 @@ def exit_status() -> Iterator[None]:
             raise
         line, status = "error: out of memory; give a smaller --batch-size, or a --micro-batch-size", 1
     if rank == 0 or status < 128:  # a signal reaches every process
-        time.sleep(10 * (rank > 0))  # torchrun ends this process meanwhile, if rank 0 says the same
+        time.sleep(10 * (rank > 0))  # rank 0 speaks first; torchrun then ends this process
         print("\r\x1b[K" * sys.stderr.isatty() + line, file=sys.stderr, flush=True)  # over the progress line
     sys.exit(status)
 
@@ -68,13 +68,13 @@ def share() -> tuple[int, int]:
 
 
 def gather(x: Tensor) -> Tensor:
-    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...), for a loss that each takes whole."""
+    """The rows x (n, ...) of all processes in the order of the batch, (W n, ...): each then takes the whole loss."""
     rank, world = share()
     if world == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
     dist.all_gather(parts, x.detach().contiguous())
-    parts[rank] = x + (world - 1) * (x - x.detach()) if x.requires_grad else x  # W gradients: DDP takes their mean
+    parts[rank] = x + (world - 1) * (x - x.detach()) if x.requires_grad else x  # gradient x W: DDP divides by W
     return torch.stack(parts, 1).flatten(0, 1)
 
 
@@ -141,7 +141,7 @@ class RunConfig(Flags):
     resident_gb: float = 4.0  # keep a folder's decoded pictures in memory up to this size, and stream a larger set
     epochs: int = 100  # passes over the training images; 0 writes the weights that the run starts from
     batch_size: int = 256  # N, images in a step, of all processes together
-    micro_batch_size: int = 0  # embed in pieces of this size, to save memory; BN counts each piece, twice; 0 = whole
+    micro_batch_size: int = 0  # embed in pieces of this size, to save memory; BN sees each piece, twice; 0 = whole
     backbone: str = "resnet50"  # a torchvision ResNet (resnet18, resnet50, ...), or resnet8, which is small and quick
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool; or 3x3 for pictures of 32 pixels
     init: str = "random"  # random, imagenet (torchvision's weights), or a file: a state_dict such as a backbone.pt
@@ -243,7 +243,7 @@ def build_backbone(config: RunConfig, zero_init_residual: bool = True) -> nn.Mod
 
 
 class Network(nn.Module):
-    """The model under autocast; outputs are float32. The backward pass embeds pieces once more (arXiv:2101.06983)."""
+    """The model under autocast; outputs are float32. The backward pass runs each piece again (arXiv:2101.06983)."""
 
     def __init__(self, model: nn.Module, config: RunConfig, device: torch.device) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 class LARS(torch.optim.Optimizer):
     """LARS (You et al. 2017, arXiv:1708.03888): g <- g + weight_decay w; rate = trust |w| / |g|, or 1 if either is 0 or
-    `adapt` False; v <- momentum v + lr rate g, w <- w - v; without `lr_in_momentum` lr moves: w <- w - lr v."""
+    `adapt` False; v <- momentum v + lr rate g, w <- w - v; `lr_in_momentum` False: lr leaves v; w <- w - lr v."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, lr_in_momentum=True):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=True)
@@ -303,7 +303,7 @@ class LARS(torch.optim.Optimizer):
 def embed(network: Callable, split: Images, config: RunConfig, index: Tensor | None = None) -> Tensor:
     """Features (N, d) of a split's central views, or of its images `index`, by a `network` in eval mode."""
     (rank, world), index = share(), torch.arange(len(split)) if index is None else index
-    mine = index[(torch.arange(-(-len(index) // world)) * world + rank) % len(index)]  # as many rows for each process
+    mine = index[(torch.arange(-(-len(index) // world)) * world + rank) % len(index)]  # equally many in each process
     mine = mine.split(min(512, 2 * (config.micro_batch_size or max(8, config.batch_size // world))))  # a step's memory
     views = split.views(mine, [(config.image_size, None)], workers=config.workers)
     return gather(torch.cat([network(images.normalize(x)).float() for (x,) in views]))[: len(index)]
@@ -322,7 +322,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 
 
 def health(z: Tensor) -> tuple[float, float, float]:
-    """For z (N, d) at length 1: a channel's mean std, effective rank (Roy, Vetterli 2007), mean cosine^2 of rows."""
+    """Of z (N, d), scaled to length 1: mean std of a channel, effective rank (Roy, Vetterli 2007), mean cosine^2."""
     z, n = F.normalize(z.cpu().double(), dim=1), len(z)  # squared, a float32 would lose the small singular values
     squares = torch.linalg.eigvalsh(z.T @ z if z.shape[1] < n else z @ z.T).clamp(min=0)
     part = squares.sqrt() / squares.sqrt().sum().clamp(min=1e-12)
@@ -377,8 +377,8 @@ def load_run(folder: str | Path) -> tuple[Any, nn.Module]:
 
 
 class Run:
-    """A run: `begin`, then a step for each of `batches`, ended by `log`, then `finish`. A resumed run repeats its
-    steps' draws. `data`: `images.Data`, pictures, (pictures, labels), or None, which loads --data."""
+    """A run: `begin`, then a step for each of `batches`, ended by `log`, then `finish`. Resumed, it draws as if
+    never stopped. `data`: `images.Data`, pictures, (pictures, labels), or None, which loads --data."""
 
     def __init__(self, config: RunConfig, data: Any = None) -> None:
         self.config = c = replace(config)  # a copy: `train` never changes what it was given
@@ -418,7 +418,7 @@ class Run:
         return partial(getattr(kernels, naive.__name__), backend=asked, **group)
 
     def begin(self, model: nn.Module, guess: float = 0, sync_bn: bool = True, note: str = "", **parts: Any) -> Any:
-        """Make the folder, print the header, return what a step calls. `parts` are saved; `guess` is a guess's loss."""
+        """Make the folder, print the header, return the network. `parts` are saved; `guess` is the loss of a guess."""
         c, self.model, self.guess, self.parts = self.config, model, guess, {"model": model, **parts}
         lr = parts["optimizer"].param_groups[0]["lr"]
         with explain(f"--resume {c.resume}", "start another run"):
@@ -452,7 +452,7 @@ class Run:
         c, out, self.saved = self.config, Path(self.config.out), time.monotonic()
         bad = [k for k, v in (self.model.state_dict() | {"the loss": self.loss_sum}).items() if not v.isfinite().all()]
         if bad:
-            raise RunFailure(f"{bad[0]} is not finite at step {self.step}; give a lower --lr; {out} is as saved before")
+            raise RunFailure(f"{bad[0]} is not finite at step {self.step}; give a lower --lr; {out} has the last save")
         state = {"method": c.method(), "config": asdict(c) | {"resume": ""}, "span": c.span, "data": self.about}
         state |= {"step": self.step, "rows": self.rows, "loss_sum": self.loss_sum}
         state |= {"parts": {name: (type(part).__name__, part.state_dict()) for name, part in self.parts.items()}}
@@ -464,11 +464,11 @@ class Run:
             save_whole(self.model.backbone.state_dict(), out / "backbone.pt")
 
     def batches(self, views: int = 0, scale: tuple[float, float] = (1.0, 1.0), crops: Sequence = ()) -> Iterator:
-        """For each step that is left: the indices (n,) of this process's images, and a list of views (n, 3, S, S):
-        `views` random ones of an area in `scale`, a range of fractions, or the given `crops` (see `Images.views`)."""
+        """Yield for each step that is left the indices (n,) of this process's images and their views (n, 3, S, S):
+        `views` random crops with a share of the area in the range `scale`, or the `crops` (see `Images.views`)."""
         c, n, crops = self.config, self.config.batch_size, crops or [(self.config.image_size, scale)] * views
         heard, usual = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")], {}
-        with suppress(ValueError):  # a thread can set no handler; what nohup ignores stays ignored
+        with suppress(ValueError):  # only the main thread can; what nohup ignores stays ignored
             usual = {s: signal.signal(s, self.on_signal) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
         try:
             while self.step < self.total:
@@ -493,7 +493,7 @@ class Run:
             self.signal, self.asked = number, time.monotonic()
             with suppress(OSError):  # a closed terminal
                 os.write(2, b"\nstopping after this step; again to stop now\n")
-        elif time.monotonic() - self.asked > 1:  # it and torchrun send theirs twice
+        elif time.monotonic() - self.asked > 1:  # a terminal and torchrun both send it
             raise KeyboardInterrupt("stopped at once", 128 + number)
 
     def log(self, loss: Tensor, z: Tensor, *views: Tensor) -> None:
@@ -536,7 +536,7 @@ class Run:
         words = f"{self.clear}epoch {epoch:3}/{c.epochs}" + (f"  kNN {knn:.3f}" if due else "")
         words += f"  loss {loss:.4f}  std {std:.4f} (healthy {self.model.dim**-0.5:.4f})  rank {effective:.1f}"
         print(f"{words}  {speed:,.0f} images/s", flush=True)
-        if cos2 > 0.98 and self.step >= 200 and len(z) >= 8:  # runs that learn reach 0.94
+        if cos2 > 0.98 and self.step >= 200 and len(z) >= 8:  # healthy runs reach 0.94
             print(f"warning: the output has collapsed: two images have a mean squared cosine of {cos2:.3f}", flush=True)
         if self.board and self.rank == 0:
             with self.board(Path(c.out, "tensorboard")) as board:

@@ -3,9 +3,9 @@
     python embed.py runs/simclr --data /any/photos --out features.npz       every picture below a folder
     python embed.py runs/simclr --data /any/photos --map map.png            the pictures, arranged by their features
     python embed.py runs/simclr --data /any/photos --similar 3              similar.txt: duplicates come first
-    python embed.py runs/simclr --out features.npz --features z             the run's own pictures, z = g(h) for h
+    python embed.py runs/simclr --out features.npz --features z             the run's own pictures, z instead of h
 
-features.npz holds `features` (N, d), `paths` (N,), and with classes `labels` (N,), -1 for none, and `classes`.
+features.npz holds `features` (N, d) and `paths` (N,); with classes also `labels` (N,), -1: none, and `classes`.
 """
 
 import io
@@ -31,17 +31,19 @@ def pictures_of(folder: str, config: Any, device: torch.device) -> tuple[Images,
     with images.explain(f"--data {folder}", "give a folder that can be read"):
         paths = [*images.pictures_below(folder, left_out := Counter())]
         ways = [Path(path).relative_to(folder).parts[:-1] for path in paths]
-    skipped = ", ".join(f"{n:,} {kind}" for kind, n in left_out.items()) or "no other file"
-    ensure(paths, f"--data {folder}: no picture, and {skipped}; give a folder with pictures")
+    skipped = ", ".join(f"{n:,} {kind}" for kind, n in left_out.items()) or "none"
+    ensure(paths, f"--data {folder}: no picture (left out: {skipped}); give a folder with pictures")
     words = [next((word for word in way if word.lower() not in sum(images.SPLITS, ())), "") for way in ways]
-    labels, classes = images.as_labels(words, len(words))
+    classes = sorted({*words} - {""})
+    number = {word: i for i, word in enumerate(classes)} if len(classes) > 1 else {}
+    labels, classes = torch.tensor([number.get(word, -1) for word in words]), list(number)
     span = config.span or images.survey(paths[:: len(paths) // 100 + 1])[1]
     print(f"{folder}: {len(paths):,} pictures, {len(classes)} classes; left out: {skipped}", flush=True)
     return Images(labels, device, paths=paths, span=span), [os.fsencode(w).decode(errors="replace") for w in classes]
 
 
 def draw_map(features: torch.Tensor, split: Images, rows: torch.Tensor, classes: list[str], config: Any) -> Image.Image:
-    """The pictures `rows` (N,), 900 at most, framed by class, in columns by principal component 1, upwards by 2."""
+    """A map of at most 900 of `rows` (N,): component 1 sorts columns, 2 sorts each upwards; frames show classes."""
     side, few = 1200, torch.linspace(0, len(rows) - 1, min(900, len(rows))).long()
     x, columns = features.cpu().double() - features.cpu().double().mean(0), math.ceil(len(few) ** 0.5)
     at = F.pad(x[few] @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:].flip(1), (0, 1))[:, :2]  # (n, 2)
@@ -69,7 +71,7 @@ def most_similar(features: torch.Tensor, paths: np.ndarray, n: int) -> bytes:
         cosine = x[rows] @ x.T
         cosine[torch.arange(len(rows)), rows] = -2  # a picture is not its own neighbour
         values, near = (part.flatten().tolist() for part in cosine.topk(min(n, len(x) - 1)))
-        found += zip(values, paths[rows.repeat_interleave(len(near) // len(rows))], paths[near], strict=True)
+        found += zip(values, paths[rows.repeat_interleave(len(near) // len(rows)).numpy()], paths[near], strict=True)
     return os.fsencode("".join(f"{cosine:.4f}\t{one}\t{other}\n" for cosine, one, other in sorted(found)[::-1]))
 
 
@@ -82,8 +84,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--data", type=home, help="a folder of pictures, or a set such as cifar10 (default: the run's own)")
     add("--out", type=home, metavar="NPZ", help="write features, paths, and labels and classes if there are any")
     add("--map", type=home, metavar="PNG", help="draw the pictures, sorted by the first two principal components")
-    add("--similar", type=int, default=0, metavar="N", help="write similar.txt: N others for each picture")
-    add("--features", choices=("h", "z"), default="h", help="of the backbone, or of the projection head (default h)")
+    add("--similar", type=int, default=0, metavar="N", help="write similar.txt (beside --out): N others each")
+    add("--features", choices=("h", "z"), default="h", help="the backbone's h, or the projection head's z (default h)")
     add("--device", default="auto", help="any torch device; auto is cuda where there is a GPU, else cpu")
     add("--workers", type=int, help="processes that decode pictures (default: the run's own)")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@
 The backbone stays frozen, its BN in eval mode, except with `--protocol finetune`. By default the network embeds the
 central view of each full-size picture once, and L-BFGS fits a linear classifier to these features: it has no learning
 rate. `--protocol paper` trains the classifier as the method's authors do; for SupCon it is the second stage. The
-controls are --untrained, --features pixels, and --shuffle-labels, which must end at the accuracy of a guess.
+controls are --untrained, --features pixels and --shuffle-labels (this one must end at a guess's accuracy).
 """
 
 import argparse
@@ -47,21 +47,21 @@ class Published(NamedTuple):
     weight_decay: float = 0.0
     head: float = 1.0  # the classifier's lr, in units of lr
     warmup: float = 0.0  # part of the run in which lr rises linearly
-    smoothing: float = 0.0  # of the labels
+    smoothing: float = 0.0  # label smoothing
 
 
 HALF_EPOCHS = tuple(half / 180 for half in range(25, 180))  # the ends of half epochs after 12 of 90 epochs
 PUBLISHED = {  # a method without an entry takes SimCLR's
     "simclr": Published("nesterov", 4096, 90, 1.6, (), 0, 0.08, "SimCLR appendix B.6: 0.1 B/256, no warm-up"),
     "moco": Published("sgd", 256, 100, 30.0, (0.6, 0.8), 0.1, 0.08, "MoCo v1 section 4.1, the same in v2"),
-    "byol": Published("nesterov", 1024, 80, 0.8, (), 0, 0.08, "BYOL appendix C.1; 0.2 B/256 of the lr it chooses from"),
+    "byol": Published("nesterov", 1024, 80, 0.8, (), 0, 0.08, "BYOL appendix C.1, one of its rates: 0.2 B/256"),
     "simsiam": Published("larc", 4096, 90, 1.6, (), 0, 0.08, "the authors' code: 0.1 B/256 (SimSiam's appendix: 0.02)"),
     "swav": Published("sgd", 256, 100, 0.3, (), 0, 0.08, "the authors' code; its weight decay is 1e-6", 1e-6),
-    "supcon of length 1": Published("rmsprop", 6144, 90, 1.2, HALF_EPOCHS, 0.97, 0.08, "google's supcon/: 0.05 B/256",
+    "supcon, unit h": Published("rmsprop", 6144, 90, 1.2, HALF_EPOCHS, 0.97, 0.08, "Google's supcon/: 0.05 B/256",
         1e-6, warmup=12 / 90, smoothing=0.05),
     "supcon": Published("sgd", 512, 100, 5.0, (0.6, 0.75, 0.9), 0.2, 0.2, "HobbitLong/SupContrast, for CIFAR"),
 }  # fmt: skip
-FINETUNING = {  # "10%" from a tenth of the labels on, "1%" below. A method without an entry takes SimCLR's
+FINETUNING = {  # "10%": --label-fraction 0.1 or more; "1%": less. A method without an entry takes SimCLR's
     "simclr 10%": Published("nesterov", 4096, 30, 0.8, (), 0, 0.08, "SimCLR appendix B.5: 0.05 B/256"),
     "simclr 1%": Published("nesterov", 4096, 60, 0.8, (), 0, 0.08, "SimCLR appendix B.5: 0.05 B/256"),
     "byol 10%": Published("nesterov", 1024, 30, 0.2, (), 0, 0.08, "BYOL appendix C.1, one of its rates: 0.05 B/256"),
@@ -73,7 +73,7 @@ BY_HAND = ("epochs", "batch_size", "lr")  # the flags that change a published se
 
 
 def open_run(args: argparse.Namespace) -> tuple[RunConfig, nn.Module]:
-    """The config of the run `args.run`, with the flags of this command line in place of its own, and its model."""
+    """The config and the model of the run `args.run`; --data, --data-dir and --workers replace the run's own."""
     ensure((args.workers or 0) >= 0, f"--workers {args.workers}: give 0 or more")
     config, model = common.load_run(args.run)
     ensure(isinstance(config, RunConfig), f"{args.run}: a run of {config.method()} has no pictures; give another run")
@@ -100,8 +100,8 @@ def pick_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def embed_readable(network: Callable, split: Images, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Features (M, d) of those images of a split whose files can be read, and the rows (M,) of these images in it."""
-    if split.paths:  # read anew, in full size: a picture's features depend on no other picture
+    """Features (M, d) of the images of a split whose files can be read, and their rows (M,) in the split."""
+    if split.paths:  # read in full size: in memory, a picture's size depends on the others
         split = dataclasses.replace(split, pixels=None, sizes=None)
     features, damaged = common.embed(network, split, config), torch.zeros(len(split), dtype=torch.int32)
     damaged[list(split.bad)] = 1
@@ -146,7 +146,7 @@ def rate_of(how: Published, step: int, total: int) -> float:
 def fit_as_published(
     network: Any, train: Images, classes: int, how: Published, config: RunConfig, *, seed: int = 0, tune: bool = False
 ) -> nn.Linear:
-    """A linear classifier of `network`'s features, by SGD on random crops (area `how.crop` to 1) and flips of `train`.
+    """A linear classifier of `network`'s features, trained on crops (area `how.crop` to 1) and flips of `train`.
     With `tune` the network trains too: its BN then needs whole batches, so an epoch's last short batch is left out.
     Several processes share each batch. Raises `RunFailure` when the loss is no longer finite."""
     (rank, world), device, size = common.share(), train.device, config.image_size
@@ -164,7 +164,7 @@ def fit_as_published(
     if how.optimizer == "larc":  # the rate multiplies the momentum; the bias is rescaled too
         optimizer = common.LARS(groups, **settings, lr_in_momentum=False)
     elif how.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(groups, **settings, alpha=0.9, eps=0.001**0.5)  # theirs: 0.001 under the root
+        optimizer = torch.optim.RMSprop(groups, **settings, alpha=0.9, eps=0.001**0.5)  # Google: sqrt(v + 0.001)
     else:
         optimizer = torch.optim.SGD(groups, **settings, nesterov=how.optimizer == "nesterov")
     least = how.batch_size if tune else world  # each process needs an image of every batch
@@ -200,7 +200,7 @@ def fit_as_published(
 
 
 def save_for_torchvision(fc: nn.Linear, backbone: nn.Module, names: list[str], config: RunConfig, path: Path) -> None:
-    """Write the state_dict of a torchvision ResNet with its `fc`; a .txt beside it has the class names and says how."""
+    """Write a torchvision ResNet's state_dict with its `fc`, and a .txt with the class names and how to load it."""
     state = backbone.state_dict() | {"fc.weight": fc.weight, "fc.bias": fc.bias}
     common.save_whole({name: value.detach().cpu() for name, value in state.items()}, path)
     size, text = config.image_size, path.with_suffix(".txt")
@@ -212,11 +212,11 @@ def save_for_torchvision(fc: nn.Linear, backbone: nn.Module, names: list[str], c
         "",
         "import torch, torchvision",
         "from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor",
-        f'model = torchvision.models.get_model("{config.backbone}", num_classes={len(names)})',
+        f'model = torchvision.models.get_model("{config.backbone}", num_classes={len(names)}).eval()',
         *(stem if config.stem == "cifar" else []),
         f"model.load_state_dict(torch.load({path.name!r}))",
-        "model.eval()",
-        f"view = Compose([Resize({short}), CenterCrop({size}), ToTensor(), Normalize({mean}, {std})])",
+        f"resize = lambda picture: Resize({short} if min(picture.size) > {size} else {size})(picture)",
+        f"view = Compose([resize, CenterCrop({size}), ToTensor(), Normalize({mean}, {std})])",
     ]
     common.save_whole("\n".join([*lines, ""]).encode(), text)
     print(f"{path}: the network with its classifier; {text}: class names, and how torchvision loads it")
@@ -267,7 +267,7 @@ def setting_of(args: argparse.Namespace, config: RunConfig, n: int) -> Published
     """The setting of `--protocol paper` or `finetune` for n labelled images: as published, but for the flags given."""
     method, world, tune = config.method(), common.share()[1], args.protocol == "finetune"
     unit = args.features == "h" and getattr(config, "normalize_h", False) and config.loss != "cross-entropy"  # SupCon
-    kind = (" 1%" if args.label_fraction < 0.1 else " 10%") if tune else " of length 1" * unit
+    kind = (" 1%" if args.label_fraction < 0.1 else " 10%") if tune else ", unit h" * unit
     table = FINETUNING if tune else PUBLISHED
     how = table.get(method + kind) or table["simclr" + kind]
     by_hand = {name: getattr(args, name) for name in BY_HAND if getattr(args, name) is not None}
@@ -283,7 +283,7 @@ def setting_of(args: argparse.Namespace, config: RunConfig, n: int) -> Published
     words += f"; lr {how.lr * how.head:g} for the classifier" * (how.head != 1)
     print(f"protocol {args.protocol}: {words}", flush=True)
     if (steps := how.epochs * n // batch) < 2000:
-        print(f"note: these are about {steps:,} steps; the published ones are thousands; --epochs makes more")
+        print(f"note: these are about {steps:,} steps, which may be too few; --epochs makes more")
     return how
 
 
@@ -297,7 +297,7 @@ def evaluate(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     if args.shuffle_labels:
         train.labels = train.labels[torch.randperm(len(train))]
     print(f"features {args.features}, {len(train):,} labels used" + ", SHUFFLED" * args.shuffle_labels)
-    if tune:  # a network of its own: MoCo's BN, for one, splits a batch
+    if tune:  # a fresh ResNet: the run's may differ, as by MoCo's BN
         network = common.build_backbone(dataclasses.replace(config, init="random", resume=""))
         network.load_state_dict(model.backbone.state_dict())
         network.fc = getattr(model.backbone, "fc", nn.Identity())
@@ -322,10 +322,10 @@ def evaluate(args: argparse.Namespace, config: RunConfig, model: nn.Module, data
     mean = bank.mean(0) if args.features == "pixels" else 0  # as in the kNN of raw pixels that a run prints
     result["knn_top1"] = common.knn_accuracy(bank - mean, bank_labels, queries - mean, labels)
     if args.protocol == "paper" and result["linear_top1"] < result["knn_top1"]:
-        print("warning: the classifier ends below kNN, as after too few steps; give more --epochs")
+        print("warning: the classifier ends below kNN and may need more steps; give more --epochs")
     if data.test.paths:
-        print("note: pictures are read in full size here; kNN of a run in memory was of pictures squeezed into squares")
-    result["a guess"] = (count.max() / len(labels)).item()  # that every image is of the largest class
+        print("note: pictures are read in full size here; a run that holds them in memory squeezes them into squares")
+    result["a guess"] = (count.max() / len(labels)).item()  # always name the largest class
     for key in ("a guess", "linear_top1", *["linear_top5"] * (len(names) > 5), "knn_top1"):
         print(f"  {key.replace('_top', ' top-').replace('knn', 'kNN'):14}{result[key]:.4f}")
     worst = sorted((a, c) for a, c in zip(result["per_class"], names, strict=True) if not math.isnan(a))[:10]
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     config, model = open_run(args)
     usual = isinstance(getattr(model.backbone, "fc", None), nn.Identity)  # neither resnet8 nor h of length 1
-    ensure(usual or not args.save, f"--save: h of this run ({config.backbone}) is not a torchvision ResNet's")
+    ensure(usual or not args.save, f"--save: this {config.backbone}'s h is not a torchvision ResNet's; leave it out")
     if args.untrained:
         torch.manual_seed(seed_of(config.seed))
         model = type(model)(dataclasses.replace(config, resume="")).eval()

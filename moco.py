@@ -28,7 +28,7 @@ only the query. Only the backbone of f_q is kept: its output h is the representa
 
 The demo ends at a kNN accuracy of 0.836 to 0.955; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in four points. Our cosine moves at every step, the authors' at every epoch.
+Four main differences from the authors' code: our cosine moves at every step, the authors' at every epoch.
 Our blur's kernel is a tenth of the side; the authors' blur (Pillow's) has no bound and blurs visibly more at 32 pixels.
 We normalise by torchvision's mean and deviation; the authors' CIFAR notebook takes CIFAR-10's. The memory bank's
 negatives are drawn once a batch, from the images outside it; Wu et al. draw them for each query, from all images."""
@@ -51,7 +51,7 @@ CIFAR = dict(  # the authors' notebook moco_cifar10_demo: v1's head with v2's co
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", batch_size=512, lr=0.06, weight_decay=5e-4,
     projection_head="linear", blur=0.0, crop_min_scale=0.08, temperature=0.1, momentum=0.99, queue_size=4096,
 )  # fmt: skip
-# ours: for your own pictures, some hundred or more
+# ours: for your own pictures, hundreds or more
 PHOTOS = dict(image_size=128, backbone="resnet18", epochs=100, batch_size=128, lr=0.06, momentum=0.99, queue_size=256)
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in about two minutes
     data="shapes", image_size=32, backbone="resnet8", epochs=10, batch_size=64, lr=0.2, warmup_epochs=1.0,
@@ -67,38 +67,38 @@ class Config(RunConfig):
     PRESETS = {"paper": {}, "paper-v1": V1, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
     mechanism: Literal["queue", "end-to-end", "memory-bank"] = "queue"  # where the keys come from (figure 2: c, a, b)
-    symmetric: bool = False  # add the loss with the views exchanged; acts like twice the lr (authors' notebook)
-    momentum: float = 0.999  # share m that the key encoder keeps; less in short runs; queue only (section 4.1)
+    symmetric: bool = False  # add the loss with the views exchanged; like twice the epochs (authors' notebook)
+    momentum: float = 0.999  # share m that the key encoder keeps in a step; short runs need less (section 4.1)
     queue_size: int = 65536  # number of keys K in the queue, or of negatives from the memory bank (section 4.1)
     temperature: float = 0.2  # tau: smaller puts more weight on the nearest keys (v2, table 1)
     bank_momentum: float = 0.5  # m: each vector of the memory bank keeps this share in an update (Wu et al. 2018)
     bn_splits: int = 8  # groups of a batch that BN normalises apart, like the paper's 8 GPUs; 1 = ordinary BN
-    shuffle_bn: bool = True  # shuffle keys over the BN groups: BN could betray a query's key (section 3.3)
+    shuffle_bn: bool = True  # shuffle keys over the BN groups; else BN betrays a query's key (section 3.3)
     projection_head: Literal["linear", "mlp"] = "mlp"  # linear in v1, mlp in v2 (v2, section 2)
     hidden_dim: int = 0  # width of the mlp head's hidden layer; 0 = the backbone's width, 2048 in v2
     projection_dim: int = 128  # width of queries and keys (section 3.3)
     augmentation: Literal["v1", "v2"] = "v2"  # v1: grey, then always strong jitter; v2: SimCLR's order, but weaker
     crop_min_scale: float = 0.2  # least share of the picture that a crop covers; the most is 1 (the authors' code)
     blur: float = 0.5  # probability of v2's blur; v1 has no blur
-    schedule: Literal["steps", "cosine"] = "cosine"  # steps: lr / 10 at 60% and 80% (v1, section 4.1); cosine: v2
-    epochs: int = 200  # passes over the training images (section 4.1)
-    batch_size: int = 256  # queries in a step, N (section 4.1)
-    lr: float = 0.03  # learning rate, not scaled by the batch size (section 4.1: for 256)
-    weight_decay: float = 1e-4  # weight decay, also on BN and biases (section 4.1)
+    schedule: Literal["steps", "cosine"] = "cosine"  # steps: lr / 10 at 60% and 80% (v1, section 4); cosine: v2
+    epochs: int = 200  # passes over the training images (section 4)
+    batch_size: int = 256  # queries in a step, N (section 4)
+    lr: float = 0.03  # learning rate, not scaled by the batch size (section 4: for 256)
+    weight_decay: float = 1e-4  # weight decay, also on BN and biases (section 4)
     loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
-    out: str = "runs/moco"  # folder of the run's files
+    out: str = "runs/moco"  # folder of the run; if it holds a run, a new one beside it, such as runs/moco-2
 
     def check(self) -> None:
         super().check()
         self.need("lr > 0", "temperature > 0", "queue_size > 0", "projection_dim > 0", "bn_splits > 0", "blur <= 1")
         self.need("momentum <= 1", "bank_momentum <= 1", "0 < crop_min_scale <= 1")
-        ensure(not self.symmetric or self.mechanism != "memory-bank", "--symmetric: a bank has one vector for an image")
+        ensure(not self.symmetric or self.mechanism != "memory-bank", "--symmetric: not with memory-bank; leave it out")
         self.need("batch_size % bn_splits == 0", "batch_size >= 2 * bn_splits")
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
     """The augmentation after the crop, drawn anew for every image. x: (N, 3, H, W) in [0, 1]."""
-    if config.augmentation == "v1":  # "technical details" and the authors' code
+    if config.augmentation == "v1":  # v1, section 3.3, and the authors' code
         x = sometimes(x.clone(), 0.2, grey)
         x = color_jitter(x, 0.4, 0.4, 0.4, 0.4)
     else:  # v2, section 2
@@ -173,7 +173,7 @@ def update_key_encoder(f_q: nn.Module, f_k: nn.Module, m: float) -> None:
 
 
 class Queue(nn.Module):
-    """`keys` (K, d): the newest K keys, of length 1; row `pointer` is the oldest. At first they are random: easy."""
+    """`keys` (K, d): the newest K keys, of length 1; row `pointer` is the oldest. The first keys are random."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     ensure(there >= K or mechanism == "end-to-end", f"--queue-size {K}: give at most {there}, the number of images")
     ensure(there > n or mechanism != "memory-bank", f"--batch-size {n}: give less than {there}, the number of images")
     config.need(f"bn_splits == 1 or bn_splits % {world} == 0", f"{seen} % bn_splits == 0", f"2 * bn_splits <= {seen}")
-    groups = config.bn_splits * n // seen  # BN groups of a batch; a forward pass, over all processes, has `seen` images
+    groups = config.bn_splits * n // seen  # BN groups in a batch: each `seen` images, of all processes, have bn_splits
     shuffled = config.shuffle_bn and groups > 1 and mechanism != "memory-bank"
 
     model = MoCo(config).to(run.device, memory_format=torch.channels_last)
@@ -258,7 +258,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     network = run.begin(model, guess, config.bn_splits == 1, note, optimizer=optimizer, queue=queue, bank=bank)
 
     def contrast(index, x_q, x_k=None):
-        """Equation 1, q (N / W, d) and all W processes' keys (N, d), for this process's views (N / W, 3, S, S)."""
+        """Equation 1's loss, q (N / W, d), all processes' keys (N, d); for own views x_q, x_k (N / W, 3, S, S)."""
         if mechanism == "memory-bank":
             (q,), negatives = network(x_q), bank.sample(gather(index), K, run.shared)
             return loss_of(q, bank.vectors[index], negatives, tau), q, None

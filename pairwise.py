@@ -10,7 +10,7 @@ another image:
     L = mean over i of phi( sum over j of psi( d_i+ - d_ij- ) )       phi, psi increasing
 
 Its gradient is that of mean over i of sum over j of alpha_ij (d_i+ - d_ij-), where the weights alpha_ij = phi'(...)
-psi'(...) are held fixed: a loss says how much each negative counts. A run draws these weights in family.png.
+psi'(...) are held fixed: a loss is a weighting of negatives. A run draws the weights of every loss in family.png.
 
     --loss            phi(x)                 psi(x)                    paper
     infonce           tau log(epsilon + x)   exp(x / tau)              van den Oord et al. 2018
@@ -18,24 +18,24 @@ psi'(...) are held fixed: a loss says how much each negative counts. A run draws
     triplet           x                      max(x + m, 0)             Schroff et al. 2015
     soft-triplet      tau log(1 + x)         exp(x / tau + m)          Tian et al. 2020
     n-pair            log(1 + x)             exp x                     Sohn 2016
-    lifted            max(log x, 0)^2        exp(x + m)                Oh Song et al. 2016; of |z - z'| and both ends
+    lifted            max(log x, 0)^2        exp(x + m)                Oh Song et al. 2016 (there also j's negatives)
     sigmoid-triplet   x                      sigmoid(c x)              Coria et al. 2020
     linear            x                      x                         Ji et al. 2021
 
     three losses are outside the family, since they do not compare d_i+ with d_ij-:
     margin            d_i+ + mean over j of max(0, m - |z_i - z_j|)^2 / 2      Hadsell, Chopra, LeCun 2006
-    hinge             d_i+ + mean over j of max(0, m - d_ij-)                  the same, of d
+    hinge             d_i+ + mean over j of max(0, m - d_ij-)                  linear, of d
     nce               positive or not, by logistic regression                 Gutmann, Hyvarinen 2010, 2012
 
     f, g, z           model.backbone, model.projector, z          as in simclr.py
     tau, epsilon      temperature, epsilon                        --temperature, --epsilon
     m, c              margin, slope                               --margin, --slope
-    j                 distances                                   --negatives, --normalize
+    j, the negatives  distances                                   --negatives, --normalize
 
-    python pairwise.py --loss triplet                      the demo: built-in data, two CPU cores
+    python pairwise.py                                     the demo, by infonce: built-in data, two CPU cores
     python pairwise.py --data /my/photos                   your own pictures
 
-The demo ends at a kNN of 0.729 to 0.780, with --loss linear of 0.397 to 0.442; raw pixels reach 0.690 (three seeds;
+The demo ends at a kNN of 0.729 to 0.780; --loss linear ends at 0.397 to 0.442; raw pixels reach 0.690 (three seeds;
 an EPYC with AVX2).
 """
 
@@ -58,8 +58,8 @@ from images import color_jitter, ensure, flip, grey, normalize, sometimes
 def distances(z1: Tensor, z2: Tensor, labels: Tensor | None = None, unit: bool = True) -> tuple[Tensor, Tensor]:
     """d_i+ (M, 1) and d_ij- (M, 2N) of the views z1, z2 (N, d), infinite where j is no negative of i.
 
-    Negatives are the views of another label (N,), by default of any other image. The M anchors are the views among the
-    2N that have a negative. `unit`: z is brought to length 1.
+    A negative has another label (`labels`, (N,); by default every image has its own). The M anchors are the views
+    that have a negative. `unit` scales z to length 1.
     """
     z = torch.cat([z1, z2])  # (2N, d)
     z = F.normalize(z, dim=1) if unit else z
@@ -72,7 +72,7 @@ def distances(z1: Tensor, z2: Tensor, labels: Tensor | None = None, unit: bool =
 
 
 def mean(each: Tensor, d_neg: Tensor | None = None) -> Tensor:
-    """Over the anchors, as every loss is. Where `each` is (M, n), like d_neg, first over an anchor's negatives."""
+    """The mean over the anchors. With `d_neg`, `each` (M, n) is first averaged over each anchor's negatives."""
     each = each if d_neg is None else each.sum(1) / d_neg.isfinite().sum(1)
     return each.sum() / max(1, len(each))
 
@@ -89,7 +89,7 @@ def info_nce(d_pos: Tensor, d_neg: Tensor, temperature: float = 0.1, epsilon: fl
 
 
 def pair_loss(d_pos: Tensor, d_neg: Tensor, margin: float = 1.0) -> Tensor:
-    """D^2 / 2 of a positive pair and max(0, m - D)^2 / 2 of a negative one, D = |z - z'|; both kinds weigh the same."""
+    """Mean D^2 / 2 of the positive pairs, plus mean max(0, m - D)^2 / 2 of the negative pairs; D = |z - z'|."""
     distance = (2 * d_neg).clamp(min=1e-12).sqrt()
     return mean(d_pos) + mean((margin - distance).clamp(min=0).square() / 2, d_neg)
 
@@ -120,7 +120,7 @@ LOSSES = {  # the table above; the arguments after d_neg are flags
 CONSTANTS = {name: list(inspect.signature(loss).parameters)[2:] for name, loss in LOSSES.items()}
 
 CIFAR = dict(data="cifar10", image_size=32, backbone="resnet18", stem="cifar", temperature=0.5)
-PHOTOS = dict(  # ours: for your own pictures, from some hundred on
+PHOTOS = dict(  # ours: for your own pictures, hundreds or more
     image_size=128, backbone="resnet18", epochs=100, batch_size=128, temperature=0.2,
 )  # fmt: skip
 DEMO = dict(  # ours: the shapes set at 16 pixels, for many short runs on two CPU cores
@@ -131,35 +131,35 @@ DEMO = dict(  # ours: the shapes set at 16 pixels, for many short runs on two CP
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    """Which loss, and its constants. No paper has one recipe for all losses: the rest is ours, like SimCLR's."""
+    """Which loss, and its constants. No paper has one recipe for all losses, so the other defaults are ours."""
 
     PRESETS = {"paper": {}, "cifar": CIFAR, "photos": PHOTOS, "demo": DEMO}
 
     loss: Literal[*LOSSES] = "infonce"  # phi and psi; the table at the top of pairwise.py has them
     negatives: Literal["batch", "other-class"] = "batch"  # views of other images, or only those of another label
-    normalize: bool = True  # z of length 1; or of any length, and temperatures and margins are on its scale
-    temperature: float = 0.1  # tau of infonce, soft-triplet and nce (SimCLR, section 4.1)
+    normalize: bool = True  # scale z to length 1; without it, choose tau and m for the lengths that z has
+    temperature: float = 0.1  # tau of infonce, soft-triplet and nce (SimCLR, section 5.1)
     epsilon: float = 1.0  # infonce: 1, the positive is in the denominator (SimCLR, MoCo); 0, it is not
-    margin: float = 1.0  # m of triplet, soft-triplet, lifted, margin and hinge (ours, of distances from 0 to 2)
+    margin: float = 1.0  # m of triplet, lifted, margin, hinge (ours; distances: 0 to 2), soft-triplet (in tau)
     slope: float = 10.0  # c of sigmoid-triplet (ours)
-    lr: float = 1e-3  # of Adam (ours: Adam does not mind that the losses differ in the size of their gradients)
-    projection_dim: int = 128  # d, width of z
+    lr: float = 1e-3  # learning rate (ours; Adam, since the losses differ in the size of their gradients)
+    projection_dim: int = 128  # width of z
     crop_min_scale: float = 0.2  # least area of a crop; the most is 1
     jitter_strength: float = 0.5  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s
-    out: str = "runs/pairwise"  # folder of the run's files
+    out: str = "runs/pairwise"  # folder of the run; if it holds a run, a new one beside it, such as runs/pairwise-2
 
     def check(self) -> None:
         super().check()
         self.need("batch_size > 1", "lr > 0", "temperature > 0", "projection_dim > 0", "0 < crop_min_scale <= 1")
-        self.need("jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
+        self.need("slope > 0", "jitter_strength <= 2.5")  # at 2.5 the hue turns by half a circle
         for name in ("temperature", "epsilon", "margin", "slope"):
             recipes = {preset.get(name, getattr(Config, name)) for preset in self.PRESETS.values()}
-            used = name in CONSTANTS[self.loss] or getattr(self, name) in recipes  # a preset's value was not asked for
+            used = name in CONSTANTS[self.loss] or getattr(self, name) in recipes  # a preset may have set it
             ensure(used, f"{common.dashed(name)}: --loss {self.loss} does not use it; leave it out")
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """SimCLR's (appendix A) without the blur, a draw of its own for every image. x: (N, 3, H, W) in [0, 1]."""
+    """SimCLR's (appendix A) without the blur, drawn anew for every image. x: (N, 3, H, W) in [0, 1]."""
     s = config.jitter_strength
     x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
@@ -193,7 +193,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     labels = torch.arange(len(run.data.train))  # all other images are negatives
     if config.negatives == "other-class":  # an image without a label is a class of its own
         labels = torch.where(run.data.train.labels < 0, -2 - labels, run.data.train.labels)
-        words = f"--negatives other-class: --data {run.data.name} has no two classes; give batch"
+        words = f"--negatives other-class: --data {run.data.name} has no classes; give batch"
         ensure(len(run.data.train.labels.unique()) > 1, words)
     model = Pairwise(config).to(run.device, memory_format=torch.channels_last)
     constants = {name: getattr(config, name) for name in CONSTANTS[config.loss]}
@@ -222,14 +222,14 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
 
 
 def draw_family(config: Config, path: Path) -> None:
-    """The push -dL/dd_ij- of each loss on 200 negatives of one anchor, over its mean, against d_ij-. d_i+ is 0.5."""
+    """Draw -dL/dd_ij- of each loss over its mean, for one anchor with d_i+ = 0.5 and 200 negatives, against d_ij-."""
     axes = importlib.import_module("matplotlib.figure").Figure(layout="constrained").add_subplot(yscale="log")
     d_pos, d_neg = torch.full((1, 1), 0.5), torch.linspace(0, 2, 200)[None].requires_grad_()  # (1, 1), (1, 200)
     for i, (name, loss) in enumerate(LOSSES.items()):
         value = loss(d_pos, d_neg, **{constant: getattr(config, constant) for constant in CONSTANTS[name]})
         (gradient,) = torch.autograd.grad(value, d_neg)
         weight, style = (gradient / gradient.mean())[0].tolist(), dict(linestyle="-" if i < 6 else "--", label=name)
-        axes.plot(d_neg[0].tolist(), weight, linewidth=5 - 0.4 * i, **style)  # thinner and thinner: some coincide
+        axes.plot(d_neg[0].tolist(), weight, linewidth=5 - 0.4 * i, **style)  # thinner, as some coincide
     axes.set(xlabel="d- (d+ = 0.5)", ylabel="weight of a negative, over the mean", ylim=(0.01, 100))
     axes.figure.legend(loc="outside right")
     axes.figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Recordings of neurons over time, with behaviour: what cebra.py trains on, and how well its z tells behaviour.
+"""Recordings of neurons and behaviour, which cebra.py trains on, and tests of how well z tells behaviour.
 
 cebra.py needs this file beside it, and this file needs images.py.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from images import ensure, explain
 
-# the arrays that are read, their shapes and their numbers
+# the arrays that are read, with their shapes and dtypes
 READ = {"spikes": ("(T, n)", np.float32), "behavior": ("(T, k)", np.float64), "labels": ("(T,)", None)}
 
 
@@ -67,11 +67,11 @@ def make_track(seconds: float = 600, neurons: int = 120, rate: int = 40, seed: i
 
 
 def as_array(given: Any, key: str, name: str) -> np.ndarray:
-    """The array that READ calls `key`, of whatever NumPy or PyTorch reads: numbers, or for labels words too. Raises
-    `InputError` for another shape, and for values that are masked or not finite. `name` says whose it is."""
+    """`given` as the array `key` of READ. It may be what NumPy or PyTorch reads; only labels may be words. Raises
+    `InputError` for another shape, and for values that are masked or not finite. `name` begins the messages."""
     shape, kind = READ[key]
     what, kinds = ("numbers", "biuf") if kind else ("numbers or words", "biufUS")
-    with explain(f"{name}: {key}", f"give {what} {shape}"):  # rows of several lengths raise, for one
+    with explain(f"{name}: {key}", f"give {what} {shape}"):  # for example, rows of unequal length
         x = given = np.ma.array(given.detach().cpu() if isinstance(given, Tensor) else given)
         if x.dtype == object and len({isinstance(value, str) for value in x.data.flat}) == 1:
             x = np.array(x.data.tolist())  # pandas stores words, and its own whole numbers, as objects
@@ -98,7 +98,7 @@ def load(data: str | dict[str, Any]) -> Recording:
     if rest := sorted(given.keys() - READ.keys()):
         print(f"note: {name}: {', '.join(rest)} left out; only {', '.join(READ)} are read")
     found = {key: as_array(given[key], key, name) for key in READ if given.get(key) is not None}
-    (samples, neurons), turned = found["spikes"].shape, "; if time is their second axis, give spikes.T"
+    (samples, neurons), turned = found["spikes"].shape, "; if time is the second axis, give spikes.T"
     ensure(samples >= 200, f"{name}: spikes (T, n) have only {samples} samples; give 200 or more{turned}")
     for key, x in found.items():
         ensure(len(x) == samples, f"{name}: {key} must be {READ[key][0]}, with the T of spikes, got {x.shape}{turned}")
@@ -112,19 +112,19 @@ def load(data: str | dict[str, Any]) -> Recording:
         print(f"note: {name}: the ranges of behavior are {ranges.round(3).tolist()}; bring its columns to one scale")
     if "labels" in found:
         found["values"], found["labels"] = np.unique(found["labels"], return_inverse=True)
-        ensure(2 * len(found["values"]) <= samples, f"{name}: labels nearly all differ; give them as behavior")
+        ensure(2 * len(found["values"]) <= samples, f"{name}: labels have more than T/2 values; give fewer")
     return Recording(**{key: x if key == "values" else torch.from_numpy(x) for key, x in found.items()})
 
 
 def pad(spikes: Tensor, field: int) -> Tensor:
-    """(T + field - 1, n) of spikes (T, n): rows t to t + field - 1 are around time t. The first and last row repeat."""
+    """Spikes (T, n) as (T + field - 1, n), the first and last row repeated; rows t to t + field - 1 surround time t."""
     return torch.cat([spikes[:1].expand(field // 2, -1), spikes, spikes[-1:].expand((field - 1) // 2, -1)])
 
 
 def compare(z: list[Tensor], parts: tuple[Recording, ...], field: int) -> dict[str, float]:
     """`decode` from z, from PCA of as many dimensions, from the spikes and from a guess; z has (T, d) for each part.
-    The table is printed, and returned under names such as "median error of z, 3-d". PCA and spikes are taken from one
-    sample, and from the sum of as many samples as the encoder sees (`field`)."""
+    The table is printed, and returned under names such as "median error of z, 3-d". PCA and spikes come twice: of one
+    sample, and of the sum of the `field` samples that the encoder sees."""
     d = z[0].shape[1]
     table = {f"z, {d}-d": z}
     for width in sorted({1, field}):
@@ -140,7 +140,7 @@ def compare(z: list[Tensor], parts: tuple[Recording, ...], field: int) -> dict[s
     if kept[2].behavior is not None:
         first, last = (kept[i].behavior.amax(0) - kept[i].behavior.amin(0) for i in (0, 2))
         if (still := last <= 1e-6 * torch.maximum(first, kept[2].behavior.abs().amax(0))).any():
-            print(f"note: column {still.nonzero()[:, 0].tolist()} of behavior is left out: it stands still at the end")
+            print(f"note: behavior column {still.nonzero()[:, 0].tolist()} left out: constant in the held-out part")
             kept = [p._replace(behavior=None if still.all() else p.behavior[:, ~still]) for p in kept]
     found = {name: decode([x[rows] for x, rows in zip(xs, few, strict=True)], kept) for name, xs in table.items()}
     if found["a guess"]:
@@ -154,13 +154,13 @@ def compare(z: list[Tensor], parts: tuple[Recording, ...], field: int) -> dict[s
 def decode(z: list[Tensor], parts: Sequence[Recording]) -> dict[str, float]:
     """kNN from z: the first part's samples (T, d) are the neighbours, and the last part is decoded. Returns the median
     absolute error and R2 of behavior, means over its columns, and the accuracy of labels. The middle part chooses k."""
-    (bank, *queries), centre = z, z[0].mean(0)  # far from 0, distances would lose their digits
+    (bank, *queries), centre = z, z[0].mean(0)  # distances far from 0 would lose digits
     ks, (_, behavior, labels, _), errors, right = [k * k for k in range(1, 21) if k * k <= len(bank)], parts[0], [], []
     for part, q in zip(parts[1:], queries, strict=True):
         for rows in torch.arange(len(q)).split(256):
             near = torch.cdist(q[rows] - centre, bank - centre).topk(ks[-1], largest=False).indices
             if behavior is not None:
-                means = torch.stack([behavior[near[:, :k]].mean(1) for k in ks])  # (len(ks), rows, k)
+                means = torch.stack([behavior[near[:, :k]].mean(1) for k in ks])  # (ks, rows, columns)
                 errors.append((means - part.behavior[rows]).abs())
             if labels is not None:
                 right.append(torch.stack([labels[near[:, :k]].mode(1).values for k in ks]) == part.labels[rows])
@@ -178,7 +178,7 @@ def decode(z: list[Tensor], parts: Sequence[Recording]) -> dict[str, float]:
 
 
 def picture(z: Tensor, recording: Recording, path: Path) -> None:
-    """Draw the first three dimensions of z (T, d) from two sides, coloured by behavior or by time, for each label."""
+    """Draw the first three dimensions of z (T, d) from two sides: behavior or time is the shade, label the palette."""
     if not importlib.util.find_spec("matplotlib"):
         return print(f"no {path.name}: matplotlib is not installed (pip install matplotlib)")
     few = slice(None, None, -(-len(z) // 5000))

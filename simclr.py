@@ -23,8 +23,8 @@ After training, f is kept and g is thrown away: h is the representation.
 
 The demo ends at a kNN accuracy of 0.970 to 0.983; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in three points. We resize crops bilinearly; the authors resize them
-bicubically. We normalise pictures; the authors feed values in [0, 1]. Our sgd does without Nesterov momentum.
+The main differences from the authors' code: our crops are bilinear, theirs bicubic; we normalise pictures, they feed
+values in [0, 1]; our sgd has no Nesterov momentum; our loss is the mean of both directions, theirs the sum.
 """
 
 import math
@@ -48,7 +48,7 @@ DEMO = dict(  # ours: learns the shapes set on two CPU cores in about a minute
     optimizer="sgd", lr=0.4, weight_decay=1e-4, warmup_epochs=1.0, temperature=0.2,
     hidden_dim=256, projection_dim=64, crop_min_scale=0.35, jitter_strength=0.5, blur=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, some hundred to some ten thousand
+PHOTOS = dict(  # ours: for your own pictures, hundreds to tens of thousands
     image_size=128, backbone="resnet18", epochs=100, batch_size=128,
     optimizer="sgd", lr=0.1, weight_decay=1e-4, warmup_epochs=0.0, temperature=0.2, crop_min_scale=0.2,
 )  # fmt: skip
@@ -60,22 +60,22 @@ class Config(RunConfig):
 
     PRESETS = {"paper": {}, "cifar": CIFAR, "demo": DEMO, "photos": PHOTOS}
 
-    epochs: int = 100  # passes over the training images; the best results take 1000 (section 4.1)
-    batch_size: int = 4096  # images in a step, N, with two views each (section 2.2)
-    lr: float = 0.3  # learning rate before --lr-scaling (section 2.2; sqrt turns 0.3 into 0.075 sqrt(N))
+    epochs: int = 100  # passes over the training images; the best results take 1000 (section 6)
+    batch_size: int = 4096  # images in a step, N, with two views each (section 2.3)
+    lr: float = 0.3  # learning rate before --lr-scaling (section 2.3; sqrt: 0.075 sqrt(N), appendix B.1)
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"  # lr times N/256, sqrt(N)/4 or 1; N is --batch-size
-    optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 2.2) or sgd, both with momentum 0.9
-    weight_decay: float = 1e-6  # weight decay, except on BN and biases (section 2.2)
-    warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (section 2.2)
-    temperature: float = 0.1  # tau: smaller weighs near views more; larger for small batches, few epochs (section 4.1)
+    optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 2.3) or sgd, both with momentum 0.9
+    weight_decay: float = 1e-6  # weight decay, except on BN and biases (section 2.3)
+    warmup_epochs: float = 10.0  # epochs of linear warm-up, then a cosine to 0 (section 2.3)
+    temperature: float = 0.1  # tau: smaller stresses near views; larger for small batches (section 5.1, appendix B.9)
     projection_head: Literal["none", "linear", "mlp"] = "mlp"  # the head g, used in training only (figure 8)
     hidden_dim: int = 0  # width of the projection head's hidden layer; 0 = the backbone's width, as in the paper
-    projection_dim: int = 128  # width of z, the projection head's output (section 4.1)
+    projection_dim: int = 128  # width of z, the projection head's output (section 2.3)
     crop_min_scale: float = 0.08  # least share of the picture that a crop covers; the most is 1 (appendix A)
     jitter_strength: float = 1.0  # colour jitter s: brightness, contrast, saturation 0.8 s, hue 0.2 s (appendix A)
     blur: float = 0.5  # probability of a blur; give 0 for pictures of 32 pixels (appendix A)
     loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
-    out: str = "runs/simclr"  # folder of the run's files
+    out: str = "runs/simclr"  # folder of the run; if it holds a run, a new one beside it, such as runs/simclr-2
 
     def check(self) -> None:
         super().check()
@@ -96,7 +96,7 @@ def augment(x: Tensor, config: Config) -> Tensor:
 class SimCLR(nn.Module):
     """f and g. `model(x1, x2)` is z of both views, `model.backbone(x)` is h, `model.embed(x)` is g(h).
 
-    The mlp head is the authors': both Linear layers have no bias, since BN follows, and the last BN has no shift.
+    The mlp head is the authors': neither Linear layer has a bias, since BN follows; the last BN has no shift.
     """
 
     def __init__(self, config: Config) -> None:
@@ -148,9 +148,9 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     weights = common.parameter_groups(model, config.weight_decay)
     optimizer = (common.LARS if config.optimizer == "lars" else torch.optim.SGD)(weights, lr=lr, momentum=0.9)
     loss_of = run.loss(nt_xent)  # nt_xent above or a kernel of kernels/, as --loss-backend says
-    network = run.begin(model, optimizer=optimizer, guess=math.log(2 * n - 1))  # what a step calls
+    network = run.begin(model, optimizer=optimizer, guess=math.log(2 * n - 1))  # f and g
 
-    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):  # saves and measures in between
+    for _, (x1, x2) in run.batches(views=2, scale=(config.crop_min_scale, 1.0)):  # also saves and measures
         x1, x2 = augment(x1, config), augment(x2, config)  # t(x), t'(x): (n, 3, S, S)
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, lr))
 

@@ -48,7 +48,7 @@ CIFAR = dict(  # appendix D
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", epochs=800, lr=0.03, weight_decay=5e-4,
     projector_layers=2, blur=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, some hundred or more; sgd without a warm-up, as in the paper
+PHOTOS = dict(  # ours: for your own pictures, hundreds or more; sgd without a warm-up, as in the paper
     image_size=128, backbone="resnet18", epochs=100, batch_size=128, lr=0.1,
 )  # fmt: skip
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in about two minutes
@@ -81,7 +81,7 @@ class Config(RunConfig):
     lr: float = 0.05  # learning rate, which the run multiplies by --batch-size / 256 (section 3)
     weight_decay: float = 1e-4  # weight decay, also on BN and biases (section 3)
     warmup_epochs: float = 0.0  # epochs of warm-up, then a cosine to 0; 10 if N >= 1024 (section 4.3) or no BN (4.4)
-    out: str = "runs/simsiam"  # folder of the run's files
+    out: str = "runs/simsiam"  # folder of the run; if it holds a run, a new one beside it, such as runs/simsiam-2
 
     def check(self) -> None:
         super().check()

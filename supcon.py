@@ -6,18 +6,18 @@ SupCon is SimCLR with labels. It draws two views of each of N images. A(i) are a
 are the views in A(i) whose class is the class of view i. This file is stage 1, which learns the encoder. Stage 2, a
 linear classifier on the frozen encoder, is `python linear_eval.py runs/supcon --protocol paper`:
 
-    z_i = Proj(Enc(x_i)), of length 1                                                              (section 3.1)
+    z_i = Proj(Enc(x_i)), which the loss scales to length 1                                         (section 3.1)
     r_ip = exp(z_i . z_p / tau) / sum over a in A(i) of exp(z_i . z_a / tau)
     L_out = sum over i of -1/|P(i)| sum over p in P(i) of log r_ip                                  (equation 2)
     L_in  = sum over i of -log( 1/|P(i)| sum over p in P(i) of r_ip )                               (equation 3)
 
 This file takes the mean over the 2N anchors i and not their sum, times tau over the base temperature (section 4.5). An
 anchor without positives adds 0. If each image is a class of its own, both losses are SimCLR's. Jensen's inequality
-gives L_in <= L_out; the paper's text prints L_out <= L_in. L_out learns better (section 3.2.2).
+gives L_in <= L_out; the paper's text prints L_out <= L_in. Section 3.2.2 finds L_out better.
 
     paper                       here                       flag
-    Aug(x)                      augment                    --crop-min-scale, --jitter-strength
-    Enc, r                      model.backbone, h          --backbone, --stem, --normalize-h
+    Aug(x)                      augment                    --crop-min-scale, --jitter-strength, --blur
+    Enc; r = Enc(x)             model.backbone; h          --backbone, --stem, --normalize-h
     Proj, z                     model.projector, z         --projection-head, --hidden-dim, --projection-dim
     tau                         temperature                --temperature, --base-temperature
     L_out, L_in                 sup_con                    --loss out, --loss in
@@ -32,7 +32,7 @@ The demo ends at a kNN accuracy of 0.975 to 0.984; raw pixels reach 0.726 (seeds
 The authors published two programs. The paper's ImageNet figures come from google-research/google-research, `supcon/`
 ("Google" below), and our defaults are its recipe. The preset `cifar` is the recipe of HobbitLong/SupContrast.
 
-The main differences from both programs are three. Google augments by AutoAugment, which this file does not have; our
+This file has three main differences. Google augments by AutoAugment, which this file does not have; our
 defaults augment as Google's SimCLR does. Our baseline uses SupCon's recipe; both programs give the baseline a learning
 rate of its own. In SupContrast the learning rate moves at every epoch, down to a thousandth; here it moves at every
 step, down to 0. The paper's other baseline, max-margin, is in benchmarks/supervised.py.
@@ -50,17 +50,17 @@ import common
 from common import RunConfig, cosine_lr, gather, set_lr
 from images import color_jitter, ensure, flip, gaussian_blur, grey, normalize, sometimes
 
-CODE = dict(projection_head="mlp", normalize_h=False, zero_init=False, jitter_strength=0.5, blur=0.0)
+SUPCONTRAST = dict(projection_head="mlp", normalize_h=False, zero_init=False, jitter_strength=0.5, blur=0.0)
 CIFAR = dict(  # the README and the defaults of SupContrast
-    CODE, data="cifar10", image_size=32, stem="cifar", epochs=1000, batch_size=1024, optimizer="sgd", lr=0.5,
+    SUPCONTRAST, data="cifar10", image_size=32, stem="cifar", epochs=1000, batch_size=1024, optimizer="sgd", lr=0.5,
     weight_decay=1e-4, warmup_epochs=10.0, base_temperature=0.07, crop_min_scale=0.2,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, some hundred or more
-    CODE, image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=1e-4,
-    warmup_epochs=0.0, base_temperature=0.1, crop_min_scale=0.2,
+PHOTOS = dict(  # ours: for your own pictures, hundreds or more
+    SUPCONTRAST, image_size=128, backbone="resnet18", epochs=100, batch_size=128, optimizer="sgd", lr=0.1,
+    weight_decay=1e-4, warmup_epochs=0.0, base_temperature=0.1, crop_min_scale=0.2,
 )  # fmt: skip
 DEMO = dict(  # ours: learns the shapes set on two CPU cores in about a minute
-    CODE, data="shapes", image_size=32, backbone="resnet8", epochs=5, batch_size=128, lr=2.0, weight_decay=1e-4,
+    SUPCONTRAST, data="shapes", image_size=32, backbone="resnet8", epochs=5, batch_size=128, lr=2.0, weight_decay=1e-4,
     warmup_epochs=1.0, base_temperature=0.1, hidden_dim=256, projection_dim=64, crop_min_scale=0.35,
 )  # fmt: skip
 
@@ -73,12 +73,12 @@ class Config(RunConfig):
 
     loss: Literal["out", "in", "cross-entropy"] = "out"  # L_out, L_in, or the one-stage baseline (equations 2 and 3)
     temperature: float = 0.1  # tau: smaller puts more weight on the nearest views (section 4)
-    base_temperature: float = 1.0  # the loss is multiplied by tau / this (1: section 4.5, Google; 0.07: SupContrast)
+    base_temperature: float = 1.0  # the loss is multiplied by tau / base (1: section 4.5, Google; 0.07: SupContrast)
     epochs: int = 350  # passes over the training images (section 4.5; Google)
     batch_size: int = 6144  # images in a step, N, with two views each (section 4.5; Google)
     optimizer: Literal["lars", "sgd"] = "lars"  # lars (section 4.5, Google) or sgd (SupContrast), with momentum 0.9
     lr: float = 9.6  # learning rate, not scaled by the batch size (Google: 0.4 for 256 images, so 9.6 for 6144)
-    weight_decay: float = 1e-3  # weight decay; with lars not on BN (as in Google's code) and not on biases
+    weight_decay: float = 1e-3  # weight decay; lars spares BN (as Google) and biases (ours), sgd nothing
     warmup_epochs: float = 12.0  # epochs of linear warm-up, then a cosine to 0 (Google; SupContrast: 10, for N > 256)
     normalize_h: bool = True  # scale the backbone's output to length 1 (section 3.1; Google; SupContrast does not)
     zero_init: bool = True  # start the last BN of each residual block at 0 (Google), and not at 1 (SupContrast)
@@ -89,7 +89,7 @@ class Config(RunConfig):
     jitter_strength: float = 1.0  # colour jitter: 0.8 times this, hue 0.2 times (Google's SimCLR; SupContrast: 0.5)
     blur: float = 0.5  # probability of a blur (Google's SimCLR; SupContrast: none)
     loss_backend: Literal["auto", "triton", "blocked", "naive"] = "auto"  # naive: this file's loss; others: kernels/
-    out: str = "runs/supcon"  # folder of the run's files
+    out: str = "runs/supcon"  # folder of the run; if it holds a run, a new one beside it, such as runs/supcon-2
 
     def check(self) -> None:
         super().check()
@@ -156,11 +156,11 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, los
     count = positive.sum(1)  # |P(i)|
     kept = count > 0
     s, positive, count = (z @ z.T / temperature)[kept], positive[kept], count[kept]
-    log_p = s - s.masked_fill(itself[kept], -torch.inf).logsumexp(1, keepdim=True)  # the log(...) of equation 2
+    log_r = s - s.masked_fill(itself[kept], -torch.inf).logsumexp(1, keepdim=True)  # log r_ip
     if loss == "out":
-        each = -log_p.masked_fill(~positive, 0).sum(1) / count
+        each = -log_r.masked_fill(~positive, 0).sum(1) / count
     else:
-        each = count.to(s).log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)
+        each = count.to(s).log() - log_r.masked_fill(~positive, -torch.inf).logsumexp(1)
     return each.sum() / len(z)
 
 
@@ -197,7 +197,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
         set_lr(optimizer, cosine_lr(run.step, run.total, config.warmup_epochs * run.steps, config.lr))
 
         z, y = torch.cat(network(x1, x2)), labels[index.to(run.device)].repeat(2)  # (2N, d), (2N,)
-        if baseline:  # all processes' views give each process the same gradients of the classifier
+        if baseline:  # not in DDP: from all processes' views, each gets the same gradients
             loss = F.cross_entropy(classifier(gather(z)), gather(y))
         else:
             loss = scale * loss_of(z, y, tau, loss=config.loss)  # equation 2 or 3

@@ -22,7 +22,7 @@ output h = f(x) is the representation.
     C, K                       model.prototypes            --prototypes, --freeze-prototypes-epochs
     B                          config.batch_size           --batch-size
     Q, epsilon                 SwAV.codes, sinkhorn        --epsilon, --sinkhorn-iterations
-    views t, s; V + 2 crops    views, V of them in shapes  --crops, --crop-min-scale, --small-crop-min-scale
+    views t, s; V + 2 crops    views (V here: all crops)   --crops, --crop-min-scale, --small-crop-min-scale
     the queue (small batches)  model.queue                 --queue-size, --queue-start-epoch
     tau                        temperature                 --temperature
 
@@ -31,9 +31,9 @@ output h = f(x) is the representation.
 
 The demo ends at a kNN accuracy of 0.962 to 0.990; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-This file differs from the authors' code in two points. Our loss is the paper's sum over pairs; the
-authors' loss is the mean. (LARS makes both nearly the same, but beside the sum weight decay counts for less.) Our queue
-fills from the start; the authors' queue fills from the epoch of its first use.
+Main differences from the authors' code: our loss is the sum over pairs, theirs the mean (LARS makes both nearly the
+same, but with the sum weight decay counts for less); our blur's kernel is bounded; our queue fills from the start,
+theirs from the epoch of its first use.
 """
 
 import itertools
@@ -56,7 +56,7 @@ CIFAR = dict(  # ours, since the paper does not train on CIFAR-10; only ten epoc
     data="cifar10", image_size=32, backbone="resnet18", stem="cifar", crops="2x32", epochs=800, batch_size=128,
     optimizer="sgd", lr=0.4, weight_decay=1e-4, prototypes=512, epsilon=0.01, crop_min_scale=0.2, blur=0.0,
 )  # fmt: skip
-PHOTOS = dict(  # ours: for your own pictures, some hundred or more
+PHOTOS = dict(  # ours: for your own pictures, hundreds or more
     image_size=128, backbone="resnet18", crops="2x128", epochs=100, batch_size=128, optimizer="sgd", lr=0.1,
     weight_decay=1e-4, warmup_epochs=0.0, prototypes=256, epsilon=0.01, crop_min_scale=0.2,
 )  # fmt: skip
@@ -88,23 +88,23 @@ class Config(RunConfig):
     sinkhorn_iterations: int = 3  # rounds that even out the prototypes' shares; 0: codes collapse (appendix A)
     temperature: float = 0.1  # tau: smaller makes the predicted shares of the prototypes sharper (appendix A)
     freeze_prototypes_epochs: float = 1.0  # epochs at the start in which the prototypes do not move (appendix A)
-    queue_size: int = 0  # past outputs z that share the prototypes; 0 = none (authors' scripts: 15 batches)
+    queue_size: int = 0  # past outputs z that join the batch in Sinkhorn; 0 = none (scripts: 15 batches)
     queue_start_epoch: float = 15.0  # epoch from which a full queue is used (authors' scripts)
     hidden_dim: int = 0  # hidden width of the projection head; 0 = the backbone's (scripts: 2048)
     projection_dim: int = 128  # width of z, the projection head's output (appendix A)
     crop_min_scale: float = 0.14  # least share of the picture in a large crop; the most is 1 (authors' scripts)
-    small_crop_min_scale: float = 0.05  # least share of the picture in a small crop; most: --crop-min-scale (scripts)
+    small_crop_min_scale: float = 0.05  # least share of the picture in a small crop, to --crop-min-scale (scripts)
     jitter_strength: float = 1.0  # colour jitter: 0.8 times this, hue 0.2 times this (authors' scripts)
     blur: float = 0.5  # probability of a blur; 0 for 32-pixel pictures (scripts)
     epochs: int = 800  # passes over the training images (authors' scripts: 100, 200, 400 or 800)
     batch_size: int = 4096  # images in a step, B (appendix A)
-    optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A), or sgd: its lr acts on the loss summed over pairs
+    optimizer: Literal["lars", "sgd"] = "lars"  # lars (appendix A) or sgd; sgd's steps grow with the number of pairs
     lr: float = 4.8  # learning rate, not scaled by the batch size (appendix A: for 4096; scripts: 0.6 for 256)
     warmup_start_scale: float = 0.0625  # share of --lr at which the warm-up starts (authors' scripts: 0.3 of 4.8)
     final_lr_scale: float = 0.001  # share of --lr at which the cosine ends (appendix A: 0.0048 of 4.8)
     weight_decay: float = 1e-6  # L2 on all parameters (appendix A)
     warmup_epochs: float = 10.0  # epochs of linear warm-up (appendix A)
-    out: str = "runs/swav"  # folder of the run's files
+    out: str = "runs/swav"  # folder of the run; if it holds a run, a new one beside it, such as runs/swav-2
 
     def check(self) -> None:
         super().check()
@@ -133,7 +133,7 @@ def crop_kinds(text: str) -> list[tuple[int, int]]:
 
 
 def augment(x: Tensor, config: Config) -> Tensor:
-    """t(x) after the crop: SimCLR's (the authors' code), drawn anew for every image. x: (B, 3, S, S)."""
+    """t(x) after the crop, as in SimCLR (authors' code), drawn anew for every image. x: (B, 3, S, S)."""
     s = config.jitter_strength
     x = sometimes(x.clone(), 0.5, flip)
     x = sometimes(x, 0.8, color_jitter, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
@@ -173,7 +173,7 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def codes(self, scores: Tensor, crop: int, with_queue: bool) -> Tensor:
-        """The codes q (B, K) of a large crop, from its scores (B, K). With the queue, past z share the prototypes too.
+        """The codes q (B, K) of a large crop, from its scores (B, K). With the queue, past z join in the Sinkhorn.
 
         Each of W processes brings its own images, and every W-th row of the queue.
         """
@@ -245,7 +245,7 @@ def train(config: Config, data: Any = None) -> dict[str, Any]:
     queue_from = math.ceil(max(config.queue_start_epoch * run.steps, queue / n))
     note = f"swapped_prediction, the sum over {len(pairs)} pairs of crops {config.crops}; the {config.prototypes:,} "
     note += f"prototypes stand still for {frozen_until:,} steps"
-    note += f"; from step {queue_from:,} on {queue:,} past outputs share them" if queue else ""
+    note += f"; from step {queue_from:,} on {queue:,} past outputs join the batch" if queue else ""
     guess = len(pairs) * math.log(config.prototypes)  # the loss of a uniform p
     network = run.begin(model, optimizer=optimizer, guess=guess, note=note)
 

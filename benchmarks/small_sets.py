@@ -1,14 +1,14 @@
 """What a small set of pictures can teach: SimCLR on N images, from scratch and from the backbone of another run.
 
     python benchmarks/small_sets.py --data /path/of/cifar10             resnet8, 2,000 steps a run
-    python benchmarks/small_sets.py --data /path/of/cifar10 --sizes 100 --steps 20
+    python benchmarks/small_sets.py --data /path/of/cifar10 --sizes 200 --steps 20
 
-5,000 of the training images, drawn by a fixed seed, are the pool; a set of N images is the first N of it. The other
-training images make one run, "the rest". Its backbone is where the rows "from the rest's backbone" start; ImageNet's
-weights (--init imagenet) would stand in its place for one's own photos. Every run makes about --steps steps, so a
-smaller set is seen in more epochs. All rows are judged on all held-out images. Their linear classifier and kNN know the
-labels of the row's N images alone. Flags that are not listed go to every run; the recipe is the preset cifar's views
-with a small network, and SGD in the place of LARS.
+5,000 of the training images, drawn by a fixed seed, are the pool; a set of N images is the first N of it. One run
+trains on the others, "the rest"; the rows "from the rest's backbone" start from its backbone. (For your own photos,
+`simclr.py --init imagenet` starts from ImageNet's.) Every run makes about --steps steps, so a smaller set is seen in
+more epochs. All rows are judged on all held-out images. Their linear classifier and kNN know only the labels of the
+row's N images. Other flags go to every run. The recipe is the preset cifar with resnet8, batches of 128, SGD without a
+warm-up, and a tau of 0.2.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def judge(out: str, data: Data, *flags: str) -> list[str]:
 
 def rows_of(base: simclr.Config, data: Data, steps: int, start: str = "") -> tuple[list[list[str]], str]:
     """The table's rows of one set, and the folder of its run from scratch. With `start`, the folder of another run,
-    there are also rows of that run's backbone as it is and trained on."""
+    there are also rows of that run's backbone as it is and trained further."""
     name, epochs = f"{len(data.train):,}", -(-steps // (len(data.train) // base.batch_size))
     runs = [("from scratch", base.init, epochs)]
     if start:

@@ -73,7 +73,7 @@ moco      --momentum 1.5                                      --momentum 1.5: gi
 moco      --queue-size 0                                      --queue-size 0: give --queue-size > 0
 moco      --queue-size 201                                    --queue-size 201: give at most 200
 moco      --bn-splits 40                                      --batch-size 64 --bn-splits 40: give
-moco      --mechanism memory-bank --symmetric                 --symmetric: a bank has one vector for an image
+moco      --mechanism memory-bank --symmetric                 --symmetric: not with memory-bank
 moco      --mechanism memory-bank --batch-size 200            --batch-size 200: give less than 200
 moco      --mechanism list                                    argument --mechanism: invalid choice: 'list'
 pairwise  --loss best                                         argument --loss: invalid choice: 'best'
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, caps
     before = saved(out)
     status, err = outcome(capsys, "--resume", out, "--epochs", "3", "--lr", "1e18")
     assert status == 1 and err.count("\n") == 1
-    assert re.match(rf"error: .* is not finite at step [456]; give a lower --lr; {out} is as saved before", err)
+    assert re.match(rf"error: .* is not finite at step [456]; give a lower --lr; {out} has the last save", err)
     assert saved(out, "step") == 3 and equal(saved(out), before)
 
 

@@ -281,7 +281,7 @@ BAD = {
     "words.npz": ({"spikes": np.full((300, 2), "a")}, "must be numbers"),
     "unique.npz": (
         {"spikes": np.zeros((300, 2)), "labels": np.arange(300)},
-        "labels nearly all differ; give them as behavior",
+        "labels have more than T/2 values; give fewer",
     ),
     "still.npz": ({"spikes": np.zeros((300, 2)), "behavior": np.zeros((300, 1))}, "behavior and labels never change"),
     "words_as_objects.npz": (
@@ -417,7 +417,7 @@ def test_behavior_that_stands_still_at_the_end_is_left_out_and_named(still, tmp_
         behavior[:300, still] = 0.3
     metrics = cebra.train(config(epochs=1, out=str(tmp_path)), {"spikes": behavior, "behavior": behavior})
     assert -50 < metrics["R2 of z, 3-d"] <= 1 and "R2 of PCA of 1 sample, 3-d" in metrics
-    assert f"note: column {still} of behavior is left out: it stands still at the end" in capsys.readouterr().out
+    assert f"note: behavior column {still} left out: constant in the held-out part" in capsys.readouterr().out
     alone = {"spikes": behavior, "behavior": behavior[:, still]}
     assert "R2 of z, 3-d" not in cebra.train(config(epochs=1, mode="time", out=str(tmp_path)), alone)
 
@@ -450,7 +450,7 @@ def test_behavior_in_unlike_units_is_told(scales, told, track, capsys):
 def test_more_neurons_than_samples_are_told(capsys):
     for wide, deep in ((300, 200), (200, 300), (201, 200)):
         recordings.load({"spikes": np.random.default_rng(0).normal(size=(deep, wide))})
-        assert ("if time is their second axis, give spikes.T" in capsys.readouterr().out) == (wide > deep)
+        assert ("if time is the second axis, give spikes.T" in capsys.readouterr().out) == (wide > deep)
 
 
 @pytest.mark.parametrize("spikes, words", [

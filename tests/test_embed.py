@@ -146,7 +146,7 @@ def test_the_map_of_little_variety(x):
     ("--out x.csv", "--out x.csv: give a name that ends in .npz"),
     ("--map x.gif", "--map x.gif: give a name that ends in .png or .jpg"),
     ("--out /no/such/x.npz", "no folder /no/such; make it first"),
-    ("--out {}/x.npz --data {}", "no picture, and 1 .md; give a folder with pictures"),
+    ("--out {}/x.npz --data {}", "no picture (left out: 1 .md); give a folder"),
     ("--out {}/x.npz --data {}/none", "/none: "),
     ("--out {}/x.npz --features pixels", "argument --features: invalid choice: 'pixels'"),
     ("--out {}/x.npz --workers -1", "--workers -1: give 0 or more"),

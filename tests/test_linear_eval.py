@@ -213,7 +213,7 @@ def test_runs_and_sets_that_cannot_be_evaluated(run, album, tmp_path, monkeypatc
     ("--labelfraction 0.1", "--labelfraction"),
     ("--save x.txt", "--save x.txt: give a name that ends in .pt"),
     ("--save /no/such/x.pt", "no folder /no/such"),
-    ("--save x.pt", "--save: h of this run (resnet8) is not a torchvision ResNet's"),
+    ("--save x.pt", "--save: this resnet8's h is not a torchvision ResNet's"),
     ("--save x.pt --features z", "--save: torchvision cannot compute z"),
     ("--save x.pt --features pixels", "--save: torchvision cannot compute pixels"),
 ])  # fmt: skip
@@ -235,10 +235,10 @@ def setting(config, *flags, n=10**6):
 def test_every_method_has_a_published_setting():
     lr = {name: how.lr for name, how in linear_eval.PUBLISHED.items()}
     assert lr == {"simclr": 1.6, "moco": 30, "byol": 0.8, "simsiam": 1.6, "swav": 0.3, "supcon": 5,
-        "supcon of length 1": 1.2}  # fmt: skip
+        "supcon, unit h": 1.2}  # fmt: skip
     size = {name: (how.batch_size, how.epochs) for name, how in linear_eval.PUBLISHED.items()}
     assert size == {"simclr": (4096, 90), "moco": (256, 100), "byol": (1024, 80), "simsiam": (4096, 90),
-        "swav": (256, 100), "supcon": (512, 100), "supcon of length 1": (6144, 90)}  # fmt: skip
+        "swav": (256, 100), "supcon": (512, 100), "supcon, unit h": (6144, 90)}  # fmt: skip
     for how in linear_eval.PUBLISHED.values():
         assert how.source and (how.factor > 0) == bool(how.steps)
         assert how.optimizer in ("sgd", "nesterov", "larc", "rmsprop")
@@ -378,7 +378,7 @@ def test_the_published_protocol_learns_and_follows_its_schedule(method, monkeypa
     if method in ("moco", "supcon"):
         drops, factor = ([0.6, 0.8], 0.1) if method == "moco" else ([0.6, 0.75, 0.9], 0.2)
         expected = [how.lr * factor ** sum(step // 2 >= 20 * at for at in drops) for step in range(total)]
-    elif method == "supcon of length 1":  # 40 steps stand for 90 epochs
+    elif method == "supcon, unit h":  # 40 steps stand for 90 epochs
         at = [90 * step / total for step in range(total)]
         expected = [how.lr * min(1, (e + 90 / total) / 12) * 0.97 ** max(0, int(2 * e - 24)) for e in at]
     else:
@@ -479,12 +479,12 @@ def test_torchvision_computes_the_printed_accuracy(flags, resnet18, tmp_path, mo
 
 def test_the_small_stem_and_odd_class_names_are_in_classifier_txt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = simclr.Config(backbone="resnet18", stem="cifar", image_size=32)
+    config = simclr.Config(backbone="resnet18", stem="cifar", image_size=96)
     backbone, fc = common.build_backbone(config).eval(), torch.nn.Linear(512, 2)
     linear_eval.save_for_torchvision(fc, backbone, ["a cat", "é\nb"], config, Path("my.pth"))
     assert Path("my.txt").read_text().startswith("a cat\né b\n\n")
     exec(Path("my.txt").read_text().split("\n\n")[1], found := {})
     x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(found["model"](x), fc(backbone(x)))
-        assert found["view"](Image.new("RGB", (40, 48))).shape == (3, 32, 32)
+    torch.testing.assert_close(found["model"](x), fc(backbone(x)))
+    small = found["view"](Image.linear_gradient("L").resize((40, 40)).convert("RGB"))
+    assert small.shape == (3, 96, 96) and small[0, 0, 0] < -2  # a small picture is seen whole: its top row is black

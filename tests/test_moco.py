@@ -450,7 +450,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(mechanism, tmp_path, monkeypatch
     (["--queue-size", 300], "--queue-size 300: give at most 200"),
     (["--bn-splits", 3], "--batch-size 64 --bn-splits 3: give --batch-size % --bn-splits == 0"),
     (["--micro-batch-size", 2], "--bn-splits 2: give 2 * --bn-splits <= 2"),
-    (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: a bank has one vector for an image"),
+    (["--mechanism", "memory-bank", "--symmetric"], "--symmetric: not with memory-bank; leave it out"),
     (["--mechanism", "memory-bank", "--batch-size", 200], "--batch-size 200: give less than 200"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_what_cannot_work_is_one_line(flags, words, tmp_path, capsys):

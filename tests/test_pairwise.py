@@ -247,7 +247,7 @@ def test_other_classes_need_labels(tmp_path, monkeypatch):
     x = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
     given = {"negatives": "other-class", "image_size": 16, "batch_size": 36}
     for data in (x, (x, torch.zeros(40))):
-        with pytest.raises(images.InputError, match="--negatives other-class: .* no two classes"):
+        with pytest.raises(images.InputError, match="--negatives other-class: .* no classes"):
             train(pairwise, tmp_path, data, **given)
     labels, asked, distances = torch.arange(40) % 3 - 1, [], pairwise.distances  # a third has none
     monkeypatch.setattr(pairwise, "distances", lambda z1, z2, y, unit: asked.append(y) or distances(z1, z2, y, unit))
