@@ -396,11 +396,9 @@ MASK = np.ma.masked_array(np.ones((300, 2)), mask=np.arange(600).reshape(300, 2)
     ("spikes", np.full((300, 2), 1e39)), ("behavior", torch.full((300,), torch.nan)), ("spikes", None),
     ("labels", [None, "a"] * 150),
 ])  # fmt: skip
+@np.errstate(all="ignore")
 def test_what_is_masked_missing_or_too_large_is_one_line(key, given):
-    with (
-        pytest.raises(InputError, match="masked or not finite|but no spikes|must be numbers or words"),
-        np.errstate(all="ignore"),
-    ):
+    with pytest.raises(InputError, match="masked or not finite|but no spikes|must be numbers or words"):
         recordings.load({"spikes": np.ones((300, 2)), key: given})
     words = [np.str_(w) for w in "ab" * 150]
     for labels in (np.array(words, object), np.array([1, 2] * 150, object), torch.arange(300) % 2):
@@ -430,17 +428,13 @@ def test_labels_of_the_held_out_part_that_training_never_saw_are_named(labels, u
     assert f"note: training has not seen label {unseen} of the held-out part" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "scale, shift, told", [(1, 0, False), (1e-3, 0, True), (1e4, 0, True), (1, 100, True), (9, 9, False)]
-)
+@pytest.mark.parametrize("scale, shift, told", [(1, 0, 0), (1e-3, 0, 1), (1e4, 0, 1), (1, 100, 1), (9, 9, 0)])
 def test_spikes_in_other_units_are_told(scale, shift, told, track, capsys):
     recordings.load(track | {"spikes": scale * track["spikes"] + shift})
     assert ("note: data: spikes have mean" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize(
-    "scales, told", [([1, 1], False), ([1, 360], True), ([1e-6, 1], True), ([0, 1], False), ([5], False)]
-)
+@pytest.mark.parametrize("scales, told", [([1, 1], 0), ([1, 360], 1), ([1e-6, 1], 1), ([0, 1], 0), ([5], 0)])
 def test_behavior_in_unlike_units_is_told(scales, told, track, capsys):
     behavior = np.random.default_rng(0).random((3200, len(scales))) * scales
     recordings.load({"spikes": track["spikes"], "behavior": behavior})

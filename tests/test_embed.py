@@ -79,6 +79,8 @@ def test_every_picture_below_a_folder_has_a_row(run, features, tmp_path, capfd):
         one = features("--data", alone, "--out", tmp_path / "one.npz")
         assert one.keys() == {"features", "paths"}  # no class sub-folders
         assert np.allclose(one["features"][0], found["features"][i], atol=1e-5)
+    (root / "green").rename(root / "None")
+    assert features("--data", root, "--out", tmp_path / "f.npz")["classes"].tolist() == ["None", "blue", "red"]
 
 
 def test_the_runs_own_pictures_and_z(run, features, tmp_path, monkeypatch, capsys):
@@ -128,6 +130,7 @@ def test_similar_pictures_come_with_their_cosine_the_most_similar_first(features
         assert all(value == pytest.approx(cosine[i, j].item(), abs=1e-4) for value, j in mine)
     assert features("--data", root, "--similar", 99)["paths"].shape == (13,)  # all others
     assert len(Path("similar.txt").read_text().splitlines()) == 13 * 12
+    assert embed.most_similar(torch.rand(1025, 3), np.arange(1025).astype(str), 1).count(b"\n") == 1025
 
 
 @pytest.mark.parametrize("x", [torch.zeros(1, 4), torch.arange(5.0)[:, None], torch.eye(3)], ids=["one", "1-d", "few"])

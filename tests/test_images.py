@@ -373,9 +373,7 @@ def test_16_bit_and_float_pictures_share_one_range_from_black_to_white(kind, tmp
             assert torch.allclose(shown, 1 - expected if kind == "white.tif" else expected, atol=0.003)
 
 
-@pytest.mark.parametrize(
-    "bits, mode, told", [(16, "RGB", True), (16, "LA", True), (16, "RGBA", True), (8, "RGB", False)]
-)
+@pytest.mark.parametrize("bits, mode, told", [(16, "RGB", 1), (16, "LA", 1), (16, "RGBA", 1), (8, "RGB", 0)])
 def test_colours_of_16_bits_are_told_since_pillow_keeps_eight(bits, mode, told, tmp_path, capfd):
     for i in range(6):
         values = np.full((16, 16, len(mode)), 2 ** (bits - 4) - 1, ">u2" if bits == 16 else "u1")  # of 12 bits, or 4

@@ -237,10 +237,16 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert whole["loss"] == resumed["loss"]
 
 
-def test_the_picture_of_the_family(tmp_path):
-    pytest.importorskip("matplotlib")
-    pairwise.draw_family(pairwise.Config.preset("demo"), tmp_path / "family.png")
-    assert (tmp_path / "family.png").stat().st_size > 10_000
+def test_the_picture_of_the_family_has_each_losss_weights(monkeypatch):
+    module, drawn = pytest.importorskip("matplotlib.figure"), []
+    monkeypatch.setattr(module.Figure, "savefig", lambda figure, path: drawn.append(figure))
+    pairwise.draw_family(pairwise.Config.preset("demo"), "family.png")
+    curves = {line.get_label(): torch.tensor(line.get_xydata()).T for line in drawn[0].axes[0].lines}
+    assert [*curves] == [*pairwise.LOSSES]
+    weights = {"infonce": lambda d: (-d / 0.2).exp(), "linear": torch.ones_like, "triplet": lambda d: (d < 1.5) * d**0}
+    for name, weight in weights.items():
+        d, y = curves[name]
+        torch.testing.assert_close(y, weight(d) / weight(d).mean(), rtol=1e-3, atol=1e-6)
 
 
 def test_other_classes_need_labels(tmp_path, monkeypatch):
