@@ -468,7 +468,7 @@ class Run:
         `views` random crops with a share of the area in the range `scale`, or the `crops` (see `Images.views`)."""
         c, n, crops = self.config, self.config.batch_size, crops or [(self.config.image_size, scale)] * views
         heard, usual = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")], {}
-        with suppress(ValueError):  # only the main thread can; what nohup ignores stays ignored
+        with suppress(ValueError):  # only the main thread can set one; what nohup ignores stays
             usual = {s: signal.signal(s, self.on_signal) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
         try:
             while self.step < self.total:

@@ -28,8 +28,8 @@ only the query. Only the backbone of f_q is kept: its output h is the representa
 
 The demo ends at a kNN accuracy of 0.836 to 0.955; raw pixels reach 0.726 (seeds 0 to 4; an EPYC with AVX2).
 
-Four main differences from the authors' code: our cosine moves at every step, the authors' at every epoch.
-Our blur's kernel is a tenth of the side; the authors' blur (Pillow's) has no bound and blurs visibly more at 32 pixels.
+This file has four main differences from the authors' code. Our cosine moves at every step, theirs at every epoch. Our
+blur's kernel is a tenth of the side; the authors' blur (Pillow's) has no bound and blurs visibly more at 32 pixels.
 We normalise by torchvision's mean and deviation; the authors' CIFAR notebook takes CIFAR-10's. The memory bank's
 negatives are drawn once a batch, from the images outside it; Wu et al. draw them for each query, from all images."""
 

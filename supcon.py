@@ -32,10 +32,10 @@ The demo ends at a kNN accuracy of 0.975 to 0.984; raw pixels reach 0.726 (seeds
 The authors published two programs. The paper's ImageNet figures come from google-research/google-research, `supcon/`
 ("Google" below), and our defaults are its recipe. The preset `cifar` is the recipe of HobbitLong/SupContrast.
 
-This file has three main differences. Google augments by AutoAugment, which this file does not have; our
-defaults augment as Google's SimCLR does. Our baseline uses SupCon's recipe; both programs give the baseline a learning
-rate of its own. In SupContrast the learning rate moves at every epoch, down to a thousandth; here it moves at every
-step, down to 0. The paper's other baseline, max-margin, is in benchmarks/supervised.py.
+This file has three main differences. Google augments by AutoAugment, which this file does not have; our defaults
+augment as Google's SimCLR does. Our baseline uses SupCon's recipe; both programs give the baseline a learning rate of
+its own. In SupContrast the learning rate moves at every epoch, down to a thousandth; here it moves at every step, down
+to 0. The paper's other baseline, max-margin, is in benchmarks/supervised.py.
 """
 
 import math
